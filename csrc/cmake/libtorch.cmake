@@ -1,0 +1,46 @@
+# Defines the imported target asymq::libtorch and ASYMQ_TORCH_VERSION, ASYMQ_TORCH_HAS_CUDA.
+#
+# torch's own CMake package is not used: that of a CUDA wheel fails on a machine without the CUDA
+# toolkit, and where there is one it overrides CMAKE_CUDA_ARCHITECTURES.
+# torch is looked for in ASYMQ_TORCH_ROOT, else where Python3_EXECUTABLE (or the first python3) has it.
+if(TARGET asymq::libtorch)
+  return()
+endif()
+
+if(NOT ASYMQ_TORCH_ROOT)
+  find_package(Python3 REQUIRED COMPONENTS Interpreter)
+  execute_process(
+    COMMAND ${Python3_EXECUTABLE} -c
+      "import importlib.util, os; print(os.path.dirname(importlib.util.find_spec('torch').origin))"
+    OUTPUT_VARIABLE asymq_torch_root OUTPUT_STRIP_TRAILING_WHITESPACE
+    RESULT_VARIABLE asymq_torch_missing ERROR_QUIET)
+  if(asymq_torch_missing)
+    message(FATAL_ERROR "asymq needs torch: ${Python3_EXECUTABLE} has none; set Python3_EXECUTABLE "
+                        "or ASYMQ_TORCH_ROOT (the folder with torch's lib and include)")
+  endif()
+  set(ASYMQ_TORCH_ROOT ${asymq_torch_root} CACHE PATH "Folder with torch's lib and include")
+endif()
+
+file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_version REGEX "^__version__ = ")
+string(REGEX REPLACE ".*'([^']+)'.*" "\\1" ASYMQ_TORCH_VERSION "${asymq_torch_version}")
+
+add_library(asymq::libtorch INTERFACE IMPORTED)
+target_include_directories(asymq::libtorch SYSTEM INTERFACE
+  ${ASYMQ_TORCH_ROOT}/include ${ASYMQ_TORCH_ROOT}/include/torch/csrc/api/include)
+target_compile_features(asymq::libtorch INTERFACE cxx_std_20)
+target_link_libraries(asymq::libtorch INTERFACE
+  ${ASYMQ_TORCH_ROOT}/lib/libtorch.so
+  ${ASYMQ_TORCH_ROOT}/lib/libtorch_cpu.so
+  ${ASYMQ_TORCH_ROOT}/lib/libc10.so)
+set(ASYMQ_TORCH_HAS_CUDA OFF)
+if(EXISTS ${ASYMQ_TORCH_ROOT}/lib/libtorch_cuda.so)
+  set(ASYMQ_TORCH_HAS_CUDA ON)
+  # No program refers to a symbol of libtorch_cuda, and libtorch does not pull it in: without this a
+  # C++ program would not see the GPU.
+  target_link_libraries(asymq::libtorch INTERFACE
+    -Wl,--push-state,--no-as-needed
+    ${ASYMQ_TORCH_ROOT}/lib/libtorch_cuda.so ${ASYMQ_TORCH_ROOT}/lib/libc10_cuda.so
+    -Wl,--pop-state)
+  # Its CUDA libraries come from other wheels beside torch, found through libtorch_cuda's own RPATH.
+  target_link_options(asymq::libtorch INTERFACE -Wl,--allow-shlib-undefined)
+endif()

@@ -1,0 +1,473 @@
+// CPU kernels: fake-quantize forward and backward, quantize, dequantize, effective scale and offset.
+//
+// The loops over x (detail::Layout) are cut into tasks by shape alone, so that results do not depend
+// on the number of threads. A task walks its planes, the two innermost loops, whose rows are
+//   runs     contiguous elements of one range,
+//   columns  contiguous elements of adjacent ranges, or
+//   strided  anything else.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "cpu/vector_loops.h"
+#include "ops/arguments.h"
+
+namespace asymq {
+namespace {
+
+using detail::Dim;
+using detail::Layout;
+using detail::RangePointers;
+
+constexpr int64_t kTaskElements = 32768;
+constexpr int64_t kMaxSlabs = 64;  // bounds the workspace of partial sums
+constexpr int64_t kBlock = 512;    // elements that pass through buffers at a time
+static_assert(kBlock <= cpu::kMaxRun);
+
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+/// Offsets, in elements, of one place of the loops.
+struct Position {
+  int64_t x = 0, out = 0, range = 0;
+
+  Position advanced(const Dim& dim, int64_t steps) const {
+    return {x + steps * dim.x_stride, out + steps * dim.out_stride,
+            range + steps * dim.range_stride};
+  }
+};
+
+/// How the loops are cut: pieces of the outermost one, and of the second where the outermost selects
+/// ranges and is short. Pieces of a loop that stays within ranges are slabs: each sums for itself.
+class Tasks {
+ public:
+  explicit Tasks(const Layout& layout) : layout_(layout) {
+    if (layout.numel == 0) return;
+    pieces_[0] = pieces_[1] = 1;
+    if (layout.ndim == 0) return;
+    const int64_t wanted = (layout.numel + kTaskElements - 1) / kTaskElements;
+    const Dim& outer = layout.dims[0];
+    pieces_[0] = std::min(wanted, outer.size);
+    if (outer.range_stride == 0) {
+      pieces_[0] = slabs_ = std::min(pieces_[0], kMaxSlabs);
+    } else if (pieces_[0] == outer.size && layout.ndim > 1 && layout.dims[1].range_stride == 0) {
+      pieces_[1] = slabs_ = std::min({wanted / pieces_[0] + 1, layout.dims[1].size, kMaxSlabs});
+    }
+  }
+
+  int64_t count() const { return pieces_[0] * pieces_[1]; }
+  int64_t slabs() const { return slabs_; }
+
+  /// Calls visit(rows, columns, position, slab) for every plane of one task.
+  template <class Visit>
+  void for_each_plane(int64_t task, const Visit& visit) const {
+    // At least two loops, so that a plane always exists.
+    Dim dims[detail::kMaxDims + 2] = {{1, 0, 0, 0}, {1, 0, 0, 0}};
+    const int padding = std::max(0, 2 - layout_.ndim);
+    const int ndim = padding + layout_.ndim;
+    std::copy_n(layout_.dims, layout_.ndim, dims + padding);
+
+    const int64_t piece[2] = {task / pieces_[1], task % pieces_[1]};
+    Position start;
+    for (int i = 0; i < std::min(layout_.ndim, 2); ++i) {
+      Dim& dim = dims[padding + i];
+      const int64_t begin = dim.size * piece[i] / pieces_[i];
+      start = start.advanced(dim, begin);
+      dim.size = dim.size * (piece[i] + 1) / pieces_[i] - begin;
+    }
+    const int64_t slab = slabs_ == 1 ? 0 : (pieces_[1] > 1 ? piece[1] : piece[0]);
+
+    int64_t index[detail::kMaxDims] = {};
+    while (true) {
+      Position position = start;
+      for (int i = 0; i < ndim - 2; ++i) position = position.advanced(dims[i], index[i]);
+      visit(dims[ndim - 2], dims[ndim - 1], position, slab);
+      int i = ndim - 3;
+      while (i >= 0 && ++index[i] == dims[i].size) index[i--] = 0;
+      if (i < 0) return;
+    }
+  }
+
+  /// for_each_plane of all tasks, on all threads.
+  template <class Visit>
+  void parallel_for_each_plane(const Visit& visit) const {
+    at::parallel_for(0, count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) for_each_plane(task, visit);
+    });
+  }
+
+ private:
+  const Layout& layout_;
+  int64_t pieces_[2] = {0, 0};
+  int64_t slabs_ = 1;
+};
+
+/// The grids of all ranges.
+template <class T>
+class GridTable {
+ public:
+  template <class P>
+  GridTable(const QuantizerKind& kind, const RangePointers<P>& ranges, int64_t count)
+      : count_(count), values_(new T[3 * count]) {
+    at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Grid<T> grid = make_grid<T>(kind, ranges.load(i));
+        values_[i] = grid.scale;
+        values_[count + i] = grid.lower;
+        values_[2 * count + i] = grid.upper;
+      }
+    });
+  }
+
+  cpu::GridColumns<T> from(int64_t range) const {
+    return {&values_[range], &values_[count_ + range], &values_[2 * count_ + range]};
+  }
+  Grid<T> operator[](int64_t range) const { return from(range).at(0); }
+
+ private:
+  int64_t count_;
+  std::unique_ptr<T[]> values_;
+};
+
+/// loop(x, out, first, n) over blocks of contiguous elements, in the compute type.
+template <class S, class Loop>
+void forward_blocks(const S* x, S* out, int64_t n, const Loop& loop) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    loop(x, out, 0, n);
+  } else {
+    float buffer[kBlock];
+    for (int64_t first = 0; first < n; first += kBlock) {
+      const int64_t size = std::min(kBlock, n - first);
+      cpu::widen(x + first, buffer, size);
+      loop(buffer, buffer, first, size);
+      cpu::narrow(buffer, out + first, size);
+    }
+  }
+}
+
+/// loop(grad, x, dx, first, n) over blocks of contiguous elements, in the compute type.
+template <class S, class Loop>
+void backward_blocks(const S* grad, const S* x, S* dx, int64_t n, const Loop& loop) {
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t size = std::min(kBlock, n - first);
+    if constexpr (std::is_same_v<S, Compute<S>>) {
+      loop(grad + first, x + first, dx ? dx + first : nullptr, first, size);
+    } else {
+      float grad_buffer[kBlock], x_buffer[kBlock];
+      cpu::widen(grad + first, grad_buffer, size);
+      cpu::widen(x + first, x_buffer, size);
+      loop(grad_buffer, x_buffer, dx ? x_buffer : nullptr, first, size);
+      if (dx) cpu::narrow(x_buffer, dx + first, size);
+    }
+  }
+}
+
+template <class S>
+void forward_plane(const S* x, S* out, const GridTable<Compute<S>>& grids, const Dim& rows,
+                   const Dim& columns, const Position& plane) {
+  using T = Compute<S>;
+  const bool contiguous = columns.x_stride == 1 || columns.size == 1;
+  for (int64_t row = 0; row < rows.size; ++row) {
+    const Position start = plane.advanced(rows, row);
+    if (contiguous && columns.range_stride == 0) {
+      const Grid<T> grid = grids[start.range];
+      forward_blocks(x + start.x, out + start.out, columns.size,
+                     [&](const T* from, T* to, int64_t, int64_t n) {
+                       cpu::forward_run(from, to, n, grid);
+                     });
+    } else if (contiguous && columns.range_stride == 1) {
+      forward_blocks(x + start.x, out + start.out, columns.size,
+                     [&](const T* from, T* to, int64_t first, int64_t n) {
+                       cpu::forward_row(from, to, n, grids.from(start.range + first));
+                     });
+    } else {
+      for (int64_t column = 0; column < columns.size; ++column) {
+        const Position at = start.advanced(columns, column);
+        out[at.out] = static_cast<S>(
+            fake_quantize_element(static_cast<T>(x[at.x]), grids[at.range]));
+      }
+    }
+  }
+}
+
+/// Backward of one call: what the planes have in common. dx and sums are null where not wanted.
+template <class S>
+struct Backward {
+  using T = Compute<S>;
+  const S* grad;
+  const S* x;
+  S* dx;
+  const GridTable<T>& grids;
+
+  S* dx_at(const Position& position) const { return dx ? dx + position.out : nullptr; }
+
+  void run(const Position& start, int64_t n, Sums<double>* sums) const {
+    const Grid<T> grid = grids[start.range];
+    backward_blocks(grad + start.out, x + start.x, dx_at(start), n,
+                    [&](const T* g, const T* from, T* to, int64_t, int64_t size) {
+                      cpu::backward_run(g, from, to, size, grid, sums);
+                    });
+  }
+
+  /// Rows of adjacent ranges, at most kTermsPerSum of them, n <= kBlock columns.
+  void columns(const Dim& rows, int64_t row_count, const Position& start, int64_t n,
+               Sums<double>* sums) const {
+    T inside[kBlock], below[kBlock], above[kBlock];
+    cpu::SumColumns<T> partial{nullptr, nullptr, nullptr};
+    if (sums != nullptr) {
+      partial = {inside, below, above};
+      for (T* values : {inside, below, above}) std::fill_n(values, n, T(0));
+    }
+    for (int64_t row = 0; row < row_count; ++row) {
+      const Position at = start.advanced(rows, row);
+      backward_blocks(grad + at.out, x + at.x, dx_at(at), n,
+                      [&](const T* g, const T* from, T* to, int64_t, int64_t size) {
+                        cpu::backward_row(g, from, to, size, grids.from(at.range), partial);
+                      });
+    }
+    for (int64_t i = 0; sums != nullptr && i < n; ++i) {
+      sums[i].inside += inside[i];
+      sums[i].below += below[i];
+      sums[i].above += above[i];
+    }
+  }
+
+  void strided(const Dim& columns, const Position& start, Sums<double>* sums) const {
+    for (int64_t column = 0; column < columns.size; ++column) {
+      const Position at = start.advanced(columns, column);
+      const auto term = fake_quantize_element_backward(
+          static_cast<T>(grad[at.out]), static_cast<T>(x[at.x]), grids[at.range]);
+      if (dx != nullptr) dx[at.out] = static_cast<S>(term.x);
+      if (sums != nullptr) {
+        Sums<double>& sum = sums[column * columns.range_stride];
+        sum.inside += term.inside;
+        sum.below += term.below;
+        sum.above += term.above;
+      }
+    }
+  }
+
+  void plane(const Dim& rows, const Dim& cols, const Position& plane, Sums<double>* sums) const {
+    const auto sums_at = [&](const Position& at) { return sums ? sums + at.range : nullptr; };
+    const bool contiguous = cols.x_stride == 1 || cols.size == 1;
+    if (contiguous && cols.range_stride == 1) {
+      const int64_t together = rows.range_stride == 0 ? cpu::kTermsPerSum : 1;
+      for (int64_t row = 0; row < rows.size; row += together) {
+        for (int64_t column = 0; column < cols.size; column += kBlock) {
+          const Position start = plane.advanced(rows, row).advanced(cols, column);
+          columns(rows, std::min(together, rows.size - row), start,
+                  std::min(kBlock, cols.size - column), sums_at(start));
+        }
+      }
+      return;
+    }
+    for (int64_t row = 0; row < rows.size; ++row) {
+      const Position start = plane.advanced(rows, row);
+      if (contiguous && cols.range_stride == 0) {
+        run(start, cols.size, sums_at(start));
+      } else {
+        strided(cols, start, sums_at(start));
+      }
+    }
+  }
+};
+
+/// Calls body(S{}, P{}) for the dtypes of elements and ranges.
+template <class Body>
+void dispatch_dtypes(const at::Tensor& x, const at::Tensor& range, const Body& body) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "asymq", [&] {
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      if (range.scalar_type() == at::kDouble) return body(scalar_t{}, double{});
+    }
+    body(scalar_t{}, float{});
+  });
+}
+
+at::Tensor fake_quantize_cpu(const at::Tensor& x, const at::Tensor& first,
+                             const OptionalTensor& second, const OptionalTensor& min,
+                             const OptionalTensor& max, int64_t parameterization, int64_t bits,
+                             double eps) {
+  const RangeTensors tensors{first, second, min, max};
+  const QuantizerKind kind = check_fake_quantize(x, tensors, parameterization, bits, eps);
+  const Layout layout = make_layout(x, first.sizes());
+  const ContiguousRanges ranges(tensors);
+  at::Tensor out = at::empty_like(x);
+  dispatch_dtypes(x, first, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    const GridTable<Compute<S>> grids(kind, ranges.pointers<P>(), layout.ranges);
+    const S* from = x.const_data_ptr<S>();
+    S* to = out.mutable_data_ptr<S>();
+    Tasks(layout).parallel_for_each_plane(
+        [&](const Dim& rows, const Dim& columns, const Position& plane, int64_t) {
+          forward_plane(from, to, grids, rows, columns, plane);
+        });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& first,
+    const OptionalTensor& second, const OptionalTensor& min, const OptionalTensor& max,
+    int64_t parameterization, int64_t bits, double eps, std::array<bool, 3> needs) {
+  const RangeTensors tensors{first, second, min, max};
+  const QuantizerKind kind = check_fake_quantize(x, tensors, parameterization, bits, eps);
+  check_grad(grad, x, parameterization);
+  const Layout layout = make_layout(x, first.sizes());
+  const ContiguousRanges ranges(tensors);
+  const at::Tensor upstream = match_layout(grad, x);
+  const auto like_range = [&](bool needed) {
+    return needed ? at::empty(first.sizes(), first.options()) : at::Tensor();
+  };
+  at::Tensor dx = needs[0] ? at::empty_like(x) : at::Tensor();
+  at::Tensor first_grad = like_range(needs[1]), second_grad = like_range(needs[2]);
+  const bool needs_sums = needs[1] || needs[2];
+  if (!needs[0] && !needs_sums) return {dx, first_grad, second_grad};
+
+  dispatch_dtypes(x, first, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    const auto pointers = ranges.pointers<P>();
+    const GridTable<Compute<S>> grids(kind, pointers, layout.ranges);
+    const Backward<S> backward{upstream.const_data_ptr<S>(), x.const_data_ptr<S>(),
+                               needs[0] ? dx.mutable_data_ptr<S>() : nullptr, grids};
+    const Tasks tasks(layout);
+    std::vector<Sums<double>> sums(needs_sums ? tasks.slabs() * layout.ranges : 0);
+    tasks.parallel_for_each_plane(
+        [&](const Dim& rows, const Dim& columns, const Position& plane, int64_t slab) {
+          backward.plane(rows, columns, plane,
+                         needs_sums ? sums.data() + slab * layout.ranges : nullptr);
+        });
+    if (!needs_sums) return;
+
+    P* first_to = needs[1] ? first_grad.mutable_data_ptr<P>() : nullptr;
+    P* second_to = needs[2] ? second_grad.mutable_data_ptr<P>() : nullptr;
+    at::parallel_for(0, layout.ranges, 2048, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Sums<double> total{};
+        for (int64_t slab = 0; slab < tasks.slabs(); ++slab) {
+          const Sums<double>& part = sums[slab * layout.ranges + i];
+          total.inside += part.inside;
+          total.below += part.below;
+          total.above += part.above;
+        }
+        const RangeGradient gradient =
+            range_gradient<Compute<S>>(kind, pointers.load(i), total);
+        if (first_to) first_to[i] = static_cast<P>(gradient.first);
+        if (second_to) second_to[i] = static_cast<P>(gradient.second);
+      }
+    });
+  });
+  return {dx, first_grad, second_grad};
+}
+
+/// out[i] = convert(x[i], scale, offset) for every element.
+template <class In, class Out, class P, class Convert>
+void convert_elements(const at::Tensor& x, at::Tensor& out, const Layout& layout,
+                      const QuantizerKind& kind, const RangePointers<P>& ranges,
+                      const Convert& convert) {
+  const In* from = x.const_data_ptr<In>();
+  Out* to = out.mutable_data_ptr<Out>();
+  Tasks(layout).parallel_for_each_plane(
+      [&](const Dim& rows, const Dim& columns, const Position& plane, int64_t) {
+        for (int64_t row = 0; row < rows.size; ++row) {
+          Position at = plane.advanced(rows, row);
+          auto effective = effective_scale_offset(kind, ranges.load(at.range));
+          for (int64_t column = 0; column < columns.size; ++column) {
+            if (columns.range_stride != 0) {
+              effective = effective_scale_offset(kind, ranges.load(at.range));
+            }
+            to[at.out] = convert(from[at.x], effective);
+            at = at.advanced(columns, 1);
+          }
+        }
+      });
+}
+
+template <class Body>
+void dispatch_codes(const at::Tensor& codes, const Body& body) {
+  AT_DISPATCH_INTEGRAL_TYPES(codes.scalar_type(), "quantize", [&] { body(scalar_t{}); });
+}
+
+at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale,
+                        const OptionalTensor& offset, int64_t bits, double eps) {
+  const QuantizerKind kind = check_quantize("quantize", x, scale, offset, bits, eps);
+  const bool symmetric = is_symmetric(kind);
+  const Layout layout = make_layout(x, scale.sizes());
+  const ContiguousRanges ranges({scale, offset, {}, {}});
+  at::Tensor codes = at::empty_like(x, x.options().dtype(code_dtype(bits, symmetric)));
+  dispatch_dtypes(x, scale, [&](auto element, auto range) {
+    using S = decltype(element);
+    using T = Compute<S>;
+    const CodeRange<T> limits = code_range<T>(kind);
+    dispatch_codes(codes, [&](auto code) {
+      using C = decltype(code);
+      convert_elements<S, C>(x, codes, layout, kind, ranges.pointers<decltype(range)>(),
+                             [&](S value, auto effective) {
+                               return static_cast<C>(quantize_element(
+                                   static_cast<T>(value), static_cast<T>(effective.scale),
+                                   static_cast<T>(round_half_even(effective.offset)),
+                                   limits.first, limits.last));
+                             });
+    });
+  });
+  return codes;
+}
+
+at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
+                          const OptionalTensor& offset, int64_t bits, double eps) {
+  const QuantizerKind kind = check_quantize("dequantize", codes, scale, offset, bits, eps);
+  const Layout layout = make_layout(codes, scale.sizes());
+  const ContiguousRanges ranges({scale, offset, {}, {}});
+  at::Tensor out = at::empty_like(codes, codes.options().dtype(scale.scalar_type()));
+  AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "dequantize", [&] {
+    dispatch_codes(codes, [&](auto code) {
+      using C = decltype(code);
+      convert_elements<C, scalar_t>(codes, out, layout, kind, ranges.pointers<scalar_t>(),
+                                    [](C value, auto effective) {
+                                      return dequantize_element(
+                                          static_cast<scalar_t>(value), effective.scale,
+                                          round_half_even(effective.offset));
+                                    });
+    });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> effective_scale_offset_cpu(
+    const at::Tensor& first, const OptionalTensor& second, const OptionalTensor& min,
+    const OptionalTensor& max, int64_t parameterization, int64_t bits, double eps) {
+  const RangeTensors tensors{first, second, min, max};
+  const QuantizerKind kind = check_ranges(tensors, parameterization, bits, eps);
+  const ContiguousRanges ranges(tensors);
+  at::Tensor scale = at::empty(first.sizes(), first.options());
+  at::Tensor offset = at::empty(first.sizes(), first.options());
+  AT_DISPATCH_FLOATING_TYPES(first.scalar_type(), "effective_scale_offset", [&] {
+    const auto pointers = ranges.pointers<scalar_t>();
+    scalar_t* scales = scale.mutable_data_ptr<scalar_t>();
+    scalar_t* offsets = offset.mutable_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < first.numel(); ++i) {
+      const auto effective = effective_scale_offset(kind, pointers.load(i));
+      scales[i] = effective.scale;
+      offsets[i] = effective.offset;
+    }
+  });
+  return {scale, offset};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(asymq, CPU, m) {
+  m.impl("_fake_quantize", fake_quantize_cpu);
+  m.impl("_fake_quantize_backward", fake_quantize_backward_cpu);
+  m.impl("quantize", quantize_cpu);
+  m.impl("dequantize", dequantize_cpu);
+  m.impl("_effective_scale_offset", effective_scale_offset_cpu);
+}
+
+}  // namespace asymq

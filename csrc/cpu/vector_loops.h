@@ -1,0 +1,67 @@
+// Innermost loops of the CPU kernels over contiguous elements, compiled for several instruction sets
+// and chosen at load time. Half types are widened block by block into these.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+
+#include "asymq/parameterization.h"
+
+namespace asymq::cpu {
+
+/// Grids of adjacent ranges, structure of arrays: element j of a row belongs to range j.
+template <class T>
+struct GridColumns {
+  const T* scale;
+  const T* lower;
+  const T* upper;
+
+  /// The same from a later column on.
+  GridColumns from(int64_t columns) const {
+    return {scale + columns, lower + columns, upper + columns};
+  }
+  Grid<T> at(int64_t column) const { return {scale[column], lower[column], upper[column]}; }
+};
+
+/// Sums of adjacent ranges, structure of arrays.
+template <class T>
+struct SumColumns {
+  T* inside;
+  T* below;
+  T* above;
+
+};
+
+/// Sums are gathered in the compute type over at most this many terms each, then added in double:
+/// longer float runs miss the accuracy that constant terms need.
+constexpr int64_t kTermsPerSum = 64;
+
+/// Elements that one call of backward_run may take: its 16 sums of kTermsPerSum terms.
+constexpr int64_t kSumsPerRun = 16;
+constexpr int64_t kMaxRun = kSumsPerRun * kTermsPerSum;
+
+// forward_*: out[i] = fake_quantize(x[i]).
+// backward_*: dx[i], and the terms of the sums added to `sums`. Either may be null: not wanted.
+// *_run: all n elements in one range; backward_run takes n <= kMaxRun.
+// *_row: element i in range i.
+void forward_run(const float* x, float* out, int64_t n, Grid<float> grid);
+void forward_run(const double* x, double* out, int64_t n, Grid<double> grid);
+void forward_row(const float* x, float* out, int64_t n, GridColumns<float> grids);
+void forward_row(const double* x, double* out, int64_t n, GridColumns<double> grids);
+void backward_run(const float* grad, const float* x, float* dx, int64_t n, Grid<float> grid,
+                  Sums<double>* sums);
+void backward_run(const double* grad, const double* x, double* dx, int64_t n, Grid<double> grid,
+                  Sums<double>* sums);
+void backward_row(const float* grad, const float* x, float* dx, int64_t n,
+                  GridColumns<float> grids, SumColumns<float> sums);
+void backward_row(const double* grad, const double* x, double* dx, int64_t n,
+                  GridColumns<double> grids, SumColumns<double> sums);
+
+void widen(const c10::BFloat16* from, float* to, int64_t n);
+void widen(const c10::Half* from, float* to, int64_t n);
+void narrow(const float* from, c10::BFloat16* to, int64_t n);
+void narrow(const float* from, c10::Half* to, int64_t n);
+
+}  // namespace asymq::cpu

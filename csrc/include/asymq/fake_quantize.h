@@ -1,0 +1,77 @@
+// Differentiable fake-quantize with learnable ranges, for LibTorch.
+//
+// Common to all functions
+//   x       float32, float64, bfloat16 or float16, any shape and strides, CPU or CUDA. The result has
+//           x's shape and dtype and the strides of empty_like(x).
+//   ranges  float32 (float64 allowed where x is float64), on x's device, all of one shape, which is
+//           the granularity: one element (per tensor), or x's number of dimensions with each size 1,
+//           x's size there, or a divisor of it (blocks). [C, 1] is per row, [1, C] per column,
+//           [C, K/G] groups of G along the last axis.
+//   bits    2 to 16; k = 2^bits - 1.
+//   eps     least effective scale: s = max(raw s, eps), the gradient passes straight through.
+// A grid starts at s·rint(z): torch's zero_point is -rint(z) with quant_min 0 and quant_max k.
+// Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
+// Ranges for Quantization-Aware Training", exact also for ranges without zero, collapsed and
+// reversed ranges. No function synchronises with the host. Second derivatives raise c10::Error, and
+// so does every argument that does not fit.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace asymq {
+
+/// Scale s and offset z, both learned: x̂ = s·clip(rint(x/s), rint(z), rint(z) + k).
+at::Tensor fake_quantize_scale_offset(const at::Tensor& x, const at::Tensor& scale,
+                                      const at::Tensor& offset, int64_t bits, double eps = 1e-8);
+
+/// Ends of the range θmin and θmax, both learned: s = (θmax - θmin)/k, z = θmin/s.
+at::Tensor fake_quantize_min_max(const at::Tensor& x, const at::Tensor& min, const at::Tensor& max,
+                                 int64_t bits, double eps = 1e-8);
+
+/// Learned factors on constant ends: θmin = β·min, θmax = γ·max, or σ(β)·min, σ(γ)·max with sigmoid
+/// (eq. 3). min and max must not require grad.
+at::Tensor fake_quantize_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
+                                    const at::Tensor& gamma, const at::Tensor& min,
+                                    const at::Tensor& max, int64_t bits, bool sigmoid = false,
+                                    double eps = 1e-8);
+
+/// Scale and offset without the bit width, both learned: s = kscale/k, z = k·koffset (eq. 9).
+at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& kscale,
+                                        const at::Tensor& koffset, int64_t bits, double eps = 1e-8);
+
+/// Symmetric grid with indices ±(k-1)/2 and a learned scale s (eq. 10).
+at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale, int64_t bits,
+                                         double eps = 1e-8);
+
+/// Symmetric grid with a learned end θmax: s = 2θmax/k.
+at::Tensor fake_quantize_symmetric_max(const at::Tensor& x, const at::Tensor& max, int64_t bits,
+                                       double eps = 1e-8);
+
+/// Symmetric grid with a learned factor on a constant end: s = 2γ·max/k, or 2σ(γ)·max/k with
+/// sigmoid. max must not require grad.
+at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
+                                         const at::Tensor& max, int64_t bits, bool sigmoid = false,
+                                         double eps = 1e-8);
+
+/// Integer codes, without gradient. With offset clip(rint(x/s) - rint(z), 0, k): uint8 up to 8 bits,
+/// else int32. Without offset (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2): int8 up to 8 bits, else
+/// int16. NaN gives code 0.
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale,
+                    const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8);
+
+/// The values s·(code + rint(z)) of quantize's codes, in scale's dtype, without gradient.
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                      const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8);
+
+/// Guarded scale s and offset z (none if symmetric) of a parameterization: "scale_offset", "min_max",
+/// "beta_gamma" or "kscale_koffset", whose symmetric counterparts learn s, θmax and γ. `parameters`
+/// are its tensors in the order of the function of that name, constants included. Without gradient.
+std::tuple<at::Tensor, std::optional<at::Tensor>> effective_scale_offset(
+    std::string_view parameterization, at::TensorList parameters, int64_t bits,
+    bool symmetric = false, bool sigmoid = false, double eps = 1e-8);
+
+}  // namespace asymq

@@ -1,0 +1,317 @@
+// The parameterizations of a quantization range: how learned parameters become a grid, and how the
+// three sums of a backward pass become the parameters' gradients. No torch in here.
+//
+// A parameterization is one struct with
+//   traits                 its public name and the names of its parameters,
+//   scale_offset(range)    parameters -> guarded scale s and offset z, in the parameters' type P and
+//                          exactly in the order written (CPU, CUDA and any reference round z alike),
+//   gradient(...)          sums -> gradients of the learned parameters, in double.
+// and one entry in `Parameterizations` at the end.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "asymq/quant_math.h"
+
+namespace asymq {
+
+/// The parameters of one range in the order of the public functions: up to two learned ones, then
+/// up to two constants. Those that a parameterization does not have are 0.
+template <class P>
+struct Range {
+  P first, second, min, max;
+};
+
+/// s and z of one range. `offset` is 0 and unused for symmetric parameterizations.
+template <class P>
+struct ScaleOffset {
+  P scale, offset;
+};
+
+/// Sums over all elements of one range: G_in = Σ_inside g·e, G_lo = Σ_below g, G_up = Σ_above g.
+template <class T>
+struct Sums {
+  T inside, below, above;
+};
+
+/// One range's grid in double, as the gradients need it.
+struct GridPoint {
+  double scale, offset;  ///< s, z
+  double lower, upper;   ///< n, p
+  double steps;          ///< k
+};
+
+/// dL/d(first), dL/d(second).
+struct RangeGradient {
+  double first, second;
+};
+
+/// Names of one parameterization: of its public function fake_quantize_<name>, of the asymmetric
+/// parameterization whose counterpart it is (its own if it is one), and of its parameters, "" where
+/// it has none.
+struct Traits {
+  const char* name;
+  const char* family;
+  bool symmetric, sigmoid;
+  const char* first;
+  const char* second;
+  const char* min;
+  const char* max;
+};
+
+/// s = max(raw, eps), written so that NaN stays NaN. The gradient passes straight through, which
+/// lets a collapsed or reversed range recover.
+template <class P>
+ASYMQ_HOST_DEVICE P guard_scale(P raw, P eps) {
+  return raw < eps ? eps : raw;
+}
+
+/// σ is computed in double and rounded once: float sigmoids differ between libraries.
+ASYMQ_HOST_DEVICE double sigmoid(double value) {
+  using std::exp;
+  return 1.0 / (1.0 + exp(-value));
+}
+
+/// dσ/dv = σ(v)(1 - σ(v)), as σ(v)·σ(-v): the difference 1 - σ loses all digits for large v.
+ASYMQ_HOST_DEVICE double sigmoid_derivative(double value) {
+  return sigmoid(value) * sigmoid(-value);
+}
+
+/// dL/ds at fixed z (Table 1, row s): e inside, n below, p above.
+ASYMQ_HOST_DEVICE double scale_gradient(const GridPoint& grid, const Sums<double>& sums) {
+  return sums.inside + grid.lower * sums.below + grid.upper * sums.above;
+}
+
+/// dL/dz at fixed s: 0 inside, s outside.
+ASYMQ_HOST_DEVICE double offset_gradient(const GridPoint& grid, const Sums<double>& sums) {
+  return grid.scale * (sums.below + sums.above);
+}
+
+/// dL/dθmin: -e/k inside, 1 - ζ/k below, -ζ/k above, with ζ = rint(z) - z. Not composed from dL/ds
+/// and dL/dz, which cancel catastrophically for a collapsed or reversed range.
+ASYMQ_HOST_DEVICE double min_gradient(const GridPoint& grid, const Sums<double>& sums) {
+  const double zeta = (grid.lower - grid.offset) / grid.steps;
+  return -sums.inside / grid.steps + (1.0 - zeta) * sums.below - zeta * sums.above;
+}
+
+/// dL/dθmax: e/k inside, ζ/k below, 1 + ζ/k above.
+ASYMQ_HOST_DEVICE double max_gradient(const GridPoint& grid, const Sums<double>& sums) {
+  const double zeta = (grid.lower - grid.offset) / grid.steps;
+  return sums.inside / grid.steps + zeta * sums.below + (1.0 + zeta) * sums.above;
+}
+
+/// s and z of a range given by its ends (eq. 1).
+template <class P>
+ASYMQ_HOST_DEVICE ScaleOffset<P> scale_offset_of_ends(P min, P max, P steps, P eps) {
+  const P scale = guard_scale((max - min) / steps, eps);
+  return {scale, min / scale};
+}
+
+struct ScaleOffsetParameterization {
+  static constexpr Traits traits{"scale_offset", "scale_offset", false, false, "scale", "offset", "", ""};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P, P eps) {
+    return {guard_scale(range.first, eps), range.second};
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    return {scale_gradient(grid, sums), offset_gradient(grid, sums)};
+  }
+};
+
+struct MinMax {
+  static constexpr Traits traits{"min_max", "min_max", false, false, "min", "max", "", ""};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
+    return scale_offset_of_ends(range.first, range.second, steps, eps);
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    return {min_gradient(grid, sums), max_gradient(grid, sums)};
+  }
+};
+
+/// θmin and θmax scaled by β and γ, or by σ(β) and σ(γ) (eq. 3).
+template <bool kSigmoid>
+struct BetaGamma {
+  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, kSigmoid, "beta", "gamma", "min", "max"};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
+    const P beta = kSigmoid ? static_cast<P>(sigmoid(range.first)) : range.first;
+    const P gamma = kSigmoid ? static_cast<P>(sigmoid(range.second)) : range.second;
+    return scale_offset_of_ends(beta * range.min, gamma * range.max, steps, eps);
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    const double beta = kSigmoid ? sigmoid_derivative(range.first) : 1.0;
+    const double gamma = kSigmoid ? sigmoid_derivative(range.second) : 1.0;
+    return {beta * range.min * min_gradient(grid, sums),
+            gamma * range.max * max_gradient(grid, sums)};
+  }
+};
+
+/// s = s'/k, z = k·z' (eq. 9): scale and offset freed of the bit width.
+struct KscaleKoffset {
+  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false, "kscale", "koffset", "", ""};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
+    return {guard_scale(range.first / steps, eps), steps * range.second};
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    return {scale_gradient(grid, sums) / grid.steps, grid.steps * offset_gradient(grid, sums)};
+  }
+};
+
+struct SymmetricScale {
+  static constexpr Traits traits{"symmetric_scale", "scale_offset", true, false, "scale", "", "", ""};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P, P eps) {
+    return {guard_scale(range.first, eps), P(0)};
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    return {scale_gradient(grid, sums), 0.0};
+  }
+};
+
+/// s = 2θmax/k (eq. 10 prints b for k; Table 3 shows that k is meant).
+struct SymmetricMax {
+  static constexpr Traits traits{"symmetric_max", "min_max", true, false, "max", "", "", ""};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
+    return {guard_scale(P(2) * range.first / steps, eps), P(0)};
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    return {2.0 / grid.steps * scale_gradient(grid, sums), 0.0};
+  }
+};
+
+/// s = 2γθmax/k, or 2σ(γ)θmax/k (Table 3).
+template <bool kSigmoid>
+struct SymmetricGamma {
+  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kSigmoid, "gamma", "", "", "max"};
+
+  template <class P>
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
+    const P gamma = kSigmoid ? static_cast<P>(sigmoid(range.first)) : range.first;
+    return {guard_scale(P(2) * gamma * range.max / steps, eps), P(0)};
+  }
+  ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
+                                                  const Sums<double>& sums) {
+    const double gamma = kSigmoid ? sigmoid_derivative(range.first) : 1.0;
+    return {gamma * range.max * (2.0 / grid.steps) * scale_gradient(grid, sums), 0.0};
+  }
+};
+
+template <class... Ps>
+struct ParameterizationList {
+  static constexpr Traits traits[] = {Ps::traits...};
+};
+
+/// All parameterizations. Kernels and the dispatcher know one by its position here.
+using Parameterizations =
+    ParameterizationList<ScaleOffsetParameterization, MinMax, BetaGamma<false>, BetaGamma<true>,
+                         KscaleKoffset, SymmetricScale, SymmetricMax, SymmetricGamma<false>,
+                         SymmetricGamma<true>>;
+
+/// Position of the parameterization with these traits, or -1.
+constexpr int find_parameterization(std::string_view family, bool symmetric, bool sigmoid) {
+  int position = 0;
+  for (const Traits& traits : Parameterizations::traits) {
+    if (traits.family == family && traits.symmetric == symmetric && traits.sigmoid == sigmoid) {
+      return position;
+    }
+    ++position;
+  }
+  return -1;
+}
+
+/// Calls visitor(P{}) for the P at position `id`; an id outside the list calls nothing.
+template <class Visitor, class... Ps>
+ASYMQ_HOST_DEVICE void visit_parameterization(int id, ParameterizationList<Ps...>,
+                                              Visitor&& visitor) {
+  int position = 0;
+  ((position++ == id ? visitor(Ps{}) : void()), ...);
+}
+
+/// A kind of quantizer: the parameterization (its position in Parameterizations), bits and guard.
+struct QuantizerKind {
+  int parameterization;
+  int bits;
+  double eps;
+};
+
+/// Guarded s and z of one range.
+template <class P>
+ASYMQ_HOST_DEVICE ScaleOffset<P> effective_scale_offset(const QuantizerKind& kind,
+                                                        const Range<P>& range) {
+  ScaleOffset<P> result{};
+  visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
+    result = parameterization.scale_offset(range, grid_steps<P>(kind.bits),
+                                           static_cast<P>(kind.eps));
+  });
+  return result;
+}
+
+ASYMQ_HOST_DEVICE bool is_symmetric(const QuantizerKind& kind) {
+  bool symmetric = false;
+  visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
+    symmetric = decltype(parameterization)::traits.symmetric;
+  });
+  return symmetric;
+}
+
+/// First and last integer code of quantize: 0 and k, or ±(k-1)/2 if symmetric.
+template <class T>
+struct CodeRange {
+  T first, last;
+};
+
+template <class T>
+ASYMQ_HOST_DEVICE CodeRange<T> code_range(const QuantizerKind& kind) {
+  const T steps = grid_steps<T>(kind.bits);
+  const T limit = (steps - 1) / 2;
+  return is_symmetric(kind) ? CodeRange<T>{-limit, limit} : CodeRange<T>{T(0), steps};
+}
+
+/// The grid of one range for elements of compute type T. A NaN offset makes the scale NaN: compare
+/// and select alone would let it through to finite results.
+template <class T, class P>
+ASYMQ_HOST_DEVICE Grid<T> make_grid(const QuantizerKind& kind, const Range<P>& range) {
+  const ScaleOffset<P> effective = effective_scale_offset(kind, range);
+  const CodeRange<T> codes = code_range<T>(kind);
+  const T origin = static_cast<T>(round_half_even(effective.offset));
+  return {origin == origin ? static_cast<T>(effective.scale) : origin, origin + codes.first,
+          origin + codes.last};
+}
+
+/// Gradients of the learned parameters of one range from its three sums. T is the compute type of
+/// the elements whose sums these are: n and p are theirs.
+template <class T, class P>
+ASYMQ_HOST_DEVICE RangeGradient range_gradient(const QuantizerKind& kind, const Range<P>& range,
+                                               const Sums<double>& sums) {
+  const ScaleOffset<P> effective = effective_scale_offset(kind, range);
+  const Grid<T> grid = make_grid<T>(kind, range);
+  const GridPoint point{static_cast<double>(effective.scale), static_cast<double>(effective.offset),
+                        static_cast<double>(grid.lower), static_cast<double>(grid.upper),
+                        grid_steps<double>(kind.bits)};
+  const Range<double> wide{static_cast<double>(range.first), static_cast<double>(range.second),
+                           static_cast<double>(range.min), static_cast<double>(range.max)};
+  RangeGradient result{};
+  visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
+    result = parameterization.gradient(wide, point, sums);
+  });
+  return result;
+}
+
+}  // namespace asymq

@@ -1,0 +1,89 @@
+// The mathematics of one element, shared by CPU and CUDA. No torch in here.
+//
+// Everything is written as compare-and-select: NaN then follows the straight path (it counts as
+// inside the range) and an infinite gradient outside the range never meets a multiplication by 0.
+// CPU and CUDA must agree bit for bit, so both are compiled without contracted multiply-adds.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define ASYMQ_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ASYMQ_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace asymq {
+
+/// Rounds half to even, the only rounding the quantizer knows.
+template <class T>
+ASYMQ_HOST_DEVICE T round_half_even(T value) {
+  using std::rint;
+  return rint(value);
+}
+
+/// Number of steps of a b-bit grid: k = 2^b - 1 (eq. 1).
+template <class T>
+ASYMQ_HOST_DEVICE T grid_steps(int bits) {
+  return static_cast<T>((int64_t{1} << bits) - 1);
+}
+
+/// The grid of one range: representable values are scale * i for integers lower <= i <= upper.
+/// T is the element's compute type: float, or double for float64 elements.
+template <class T>
+struct Grid {
+  T scale;  ///< effective scale s; NaN if any parameter of the range is NaN
+  T lower;  ///< n = rint(z), or -(k-1)/2 if symmetric
+  T upper;  ///< p = n + k, or (k-1)/2 if symmetric
+};
+
+/// x̂ = s * clip(rint(x / s), n, p) (eq. 1). The division is a true one: x * (1/s) differs near ties.
+template <class T>
+ASYMQ_HOST_DEVICE T fake_quantize_element(T x, const Grid<T>& grid) {
+  T index = round_half_even(x / grid.scale);
+  index = index < grid.lower ? grid.lower : index;
+  index = index > grid.upper ? grid.upper : index;
+  return grid.scale * index;
+}
+
+/// What one element adds to the backward pass.
+template <class T>
+struct ElementGradient {
+  T x;       ///< dL/dx: g inside the range, else 0
+  T inside;  ///< g * (rint(x/s) - x/s) inside, else 0
+  T below;   ///< g below the range, else 0
+  T above;   ///< g above the range, else 0
+};
+
+/// Straight-through gradient of fake_quantize_element for an upstream gradient g. Every
+/// parameterization's gradient is a linear map of the sums of the last three (parameterization.h).
+template <class T>
+ASYMQ_HOST_DEVICE ElementGradient<T> fake_quantize_element_backward(T g, T x,
+                                                                    const Grid<T>& grid) {
+  const T quotient = x / grid.scale;
+  const T index = round_half_even(quotient);
+  const bool below = index < grid.lower;
+  const bool above = index > grid.upper;
+  const bool inside = !below && !above;
+  const T rounding = g * (index - quotient);
+  return {inside ? g : T(0), inside ? rounding : T(0), below ? g : T(0), above ? g : T(0)};
+}
+
+/// Integer code of x, counted from the grid's lower end `origin`: clip(rint(x/s) - origin, first,
+/// last). NaN gives 0. The clip comes before any conversion to an integer type.
+template <class T>
+ASYMQ_HOST_DEVICE T quantize_element(T x, T scale, T origin, T first, T last) {
+  T code = round_half_even(x / scale) - origin;
+  code = code < first ? first : code;
+  code = code > last ? last : code;
+  return code == code ? code : T(0);
+}
+
+/// The value of a code on its grid: s * (code + origin).
+template <class T>
+ASYMQ_HOST_DEVICE T dequantize_element(T code, T scale, T origin) {
+  return scale * (code + origin);
+}
+
+}  // namespace asymq

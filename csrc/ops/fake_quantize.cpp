@@ -1,0 +1,155 @@
+// The public functions. They serve C++ callers, and the dispatcher as the decomposition of the public
+// operators into the private ones.
+#include "asymq/fake_quantize.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "asymq/parameterization.h"
+#include "ops/fake_quantize.h"
+
+namespace asymq {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+/// Position of a parameterization in Parameterizations, as the private operators name it.
+template <class Parameterization>
+constexpr int64_t id() {
+  constexpr Traits traits = Parameterization::traits;
+  return find_parameterization(traits.family, traits.symmetric, traits.sigmoid);
+}
+
+std::vector<at::Tensor> effective_scale_offset_list(std::string_view parameterization,
+                                                    at::TensorList parameters, int64_t bits,
+                                                    bool symmetric, bool sigmoid, double eps) {
+  const auto [scale, offset] =
+      effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps);
+  return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
+                            : std::vector<at::Tensor>{scale};
+}
+
+}  // namespace
+
+at::Tensor fake_quantize_op(const at::Tensor& x, const at::Tensor& first,
+                            const OptionalTensor& second, const OptionalTensor& min,
+                            const OptionalTensor& max, int64_t parameterization, int64_t bits,
+                            double eps) {
+  static const auto op = find_op<decltype(fake_quantize_op)>("asymq::_fake_quantize");
+  return op.call(x, first, second, min, max, parameterization, bits, eps);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_op(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& first,
+    const OptionalTensor& second, const OptionalTensor& min, const OptionalTensor& max,
+    int64_t parameterization, int64_t bits, double eps, std::array<bool, 3> needs) {
+  static const auto op =
+      find_op<decltype(fake_quantize_backward_op)>("asymq::_fake_quantize_backward");
+  return op.call(grad, x, first, second, min, max, parameterization, bits, eps, needs);
+}
+
+at::Tensor fake_quantize_scale_offset(const at::Tensor& x, const at::Tensor& scale,
+                                      const at::Tensor& offset, int64_t bits, double eps) {
+  return fake_quantize_op(x, scale, offset, {}, {}, id<ScaleOffsetParameterization>(), bits, eps);
+}
+
+at::Tensor fake_quantize_min_max(const at::Tensor& x, const at::Tensor& min, const at::Tensor& max,
+                                 int64_t bits, double eps) {
+  return fake_quantize_op(x, min, max, {}, {}, id<MinMax>(), bits, eps);
+}
+
+at::Tensor fake_quantize_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
+                                    const at::Tensor& gamma, const at::Tensor& min,
+                                    const at::Tensor& max, int64_t bits, bool sigmoid,
+                                    double eps) {
+  return fake_quantize_op(x, beta, gamma, min, max,
+                          sigmoid ? id<BetaGamma<true>>() : id<BetaGamma<false>>(), bits, eps);
+}
+
+at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& kscale,
+                                        const at::Tensor& koffset, int64_t bits, double eps) {
+  return fake_quantize_op(x, kscale, koffset, {}, {}, id<KscaleKoffset>(), bits, eps);
+}
+
+at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale,
+                                         int64_t bits, double eps) {
+  return fake_quantize_op(x, scale, {}, {}, {}, id<SymmetricScale>(), bits, eps);
+}
+
+at::Tensor fake_quantize_symmetric_max(const at::Tensor& x, const at::Tensor& max, int64_t bits,
+                                       double eps) {
+  return fake_quantize_op(x, max, {}, {}, {}, id<SymmetricMax>(), bits, eps);
+}
+
+at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
+                                         const at::Tensor& max, int64_t bits, bool sigmoid,
+                                         double eps) {
+  return fake_quantize_op(x, gamma, {}, {}, max,
+                          sigmoid ? id<SymmetricGamma<true>>() : id<SymmetricGamma<false>>(), bits,
+                          eps);
+}
+
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
+                    int64_t bits, double eps) {
+  static const auto op = find_op<decltype(quantize)>("asymq::quantize");
+  return op.call(x, scale, offset, bits, eps);
+}
+
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                      const OptionalTensor& offset, int64_t bits, double eps) {
+  static const auto op = find_op<decltype(dequantize)>("asymq::dequantize");
+  return op.call(codes, scale, offset, bits, eps);
+}
+
+std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view parameterization,
+                                                              at::TensorList parameters,
+                                                              int64_t bits, bool symmetric,
+                                                              bool sigmoid, double eps) {
+  constexpr const char* prefix = "asymq::effective_scale_offset: ";
+  const int64_t id = find_parameterization(parameterization, symmetric, sigmoid);
+  TORCH_CHECK(id >= 0, prefix,
+              "parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
+              "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
+              parameterization, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
+  const Traits& traits = Parameterizations::traits[id];
+  size_t used = 0;
+  const auto take = [&](const char* name) -> OptionalTensor {
+    if (name[0] == '\0') return std::nullopt;
+    TORCH_CHECK(used < parameters.size(), prefix, traits.name, " needs the parameter ", name,
+                ", got ", parameters.size(), " parameters");
+    return parameters[used++];
+  };
+  const auto first = take(traits.first);
+  const auto second = take(traits.second);
+  const auto min = take(traits.min);
+  const auto max = take(traits.max);
+  TORCH_CHECK(used == parameters.size(), prefix, traits.name, " needs ", used, " parameters, got ",
+              parameters.size());
+
+  using Op = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&,
+                                                const OptionalTensor&, const OptionalTensor&,
+                                                int64_t, int64_t, double);
+  static const auto op = find_op<Op>("asymq::_effective_scale_offset");
+  const auto [scale, offset] = op.call(*first, second, min, max, id, bits, eps);
+  return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};
+}
+
+TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
+  m.impl("fake_quantize_scale_offset", fake_quantize_scale_offset);
+  m.impl("fake_quantize_min_max", fake_quantize_min_max);
+  m.impl("fake_quantize_beta_gamma", fake_quantize_beta_gamma);
+  m.impl("fake_quantize_kscale_koffset", fake_quantize_kscale_koffset);
+  m.impl("fake_quantize_symmetric_scale", fake_quantize_symmetric_scale);
+  m.impl("fake_quantize_symmetric_max", fake_quantize_symmetric_max);
+  m.impl("fake_quantize_symmetric_gamma", fake_quantize_symmetric_gamma);
+  m.impl("effective_scale_offset", effective_scale_offset_list);
+}
+
+}  // namespace asymq

@@ -1,0 +1,133 @@
+"""The operators: fake-quantize with learnable ranges, quantize, dequantize.
+
+Common to all functions:
+
+- ``x`` is float32, float64, bfloat16 or float16, of any shape and strides, on CPU or CUDA. The result
+  has x's shape and dtype and the strides of ``torch.empty_like(x)``.
+- Range tensors are float32 (float64 allowed where x is float64), on x's device, all of one shape,
+  which is the granularity: one element (per tensor), or x's number of dimensions with each size 1,
+  x's size there, or a divisor of it (blocks). ``[C, 1]`` is per row, ``[1, C]`` per column,
+  ``[C, K // G]`` groups of G along the last axis.
+- ``bits`` is 2 to 16; k = 2**bits - 1.
+- ``eps`` is the least effective scale: s = max(raw s, eps). The gradient passes straight through it.
+- A grid starts at s·rint(z): torch's ``zero_point`` is -rint(z) with quant_min 0, quant_max k.
+- Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
+  Ranges for Quantization-Aware Training". NaN counts as inside the range, infinities saturate.
+- Arguments that do not fit raise RuntimeError, second derivatives too.
+"""
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.asymq
+_scale_offset = _ops.fake_quantize_scale_offset.default
+_min_max = _ops.fake_quantize_min_max.default
+_beta_gamma = _ops.fake_quantize_beta_gamma.default
+_kscale_koffset = _ops.fake_quantize_kscale_koffset.default
+_symmetric_scale = _ops.fake_quantize_symmetric_scale.default
+_symmetric_max = _ops.fake_quantize_symmetric_max.default
+_symmetric_gamma = _ops.fake_quantize_symmetric_gamma.default
+_quantize = _ops.quantize.default
+_dequantize = _ops.dequantize.default
+_effective_scale_offset = _ops.effective_scale_offset.default
+
+
+def fake_quantize_scale_offset(
+    x: Tensor, scale: Tensor, offset: Tensor, *, bits: int, eps: float = 1e-8
+) -> Tensor:
+    """x̂ = s·clip(rint(x/s), rint(z), rint(z) + k) with learned scale s and offset z (eq. 1)."""
+    return _scale_offset(x, scale, offset, bits, eps)
+
+
+def fake_quantize_min_max(
+    x: Tensor, min: Tensor, max: Tensor, *, bits: int, eps: float = 1e-8
+) -> Tensor:
+    """Learned ends of the range: s = (max - min)/k, z = min/s (eq. 1)."""
+    return _min_max(x, min, max, bits, eps)
+
+
+def fake_quantize_beta_gamma(
+    x: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    min: Tensor,
+    max: Tensor,
+    *,
+    bits: int,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Learned factors on constant ends: the range is β·min to γ·max, with ``sigmoid`` σ(β)·min to
+    σ(γ)·max (eq. 3). ``min`` and ``max`` must not require grad.
+    """
+    return _beta_gamma(x, beta, gamma, min, max, bits, sigmoid, eps)
+
+
+def fake_quantize_kscale_koffset(
+    x: Tensor, kscale: Tensor, koffset: Tensor, *, bits: int, eps: float = 1e-8
+) -> Tensor:
+    """Learned scale and offset freed of the bit width: s = kscale/k, z = k·koffset (eq. 9)."""
+    return _kscale_koffset(x, kscale, koffset, bits, eps)
+
+
+def fake_quantize_symmetric_scale(
+    x: Tensor, scale: Tensor, *, bits: int, eps: float = 1e-8
+) -> Tensor:
+    """Symmetric grid of indices -(k-1)/2 to (k-1)/2 with a learned scale s (eq. 10)."""
+    return _symmetric_scale(x, scale, bits, eps)
+
+
+def fake_quantize_symmetric_max(x: Tensor, max: Tensor, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Symmetric grid with a learned end: s = 2·max/k (Table 3)."""
+    return _symmetric_max(x, max, bits, eps)
+
+
+def fake_quantize_symmetric_gamma(
+    x: Tensor,
+    gamma: Tensor,
+    max: Tensor,
+    *,
+    bits: int,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Symmetric grid with a learned factor on a constant end: s = 2γ·max/k, with ``sigmoid``
+    2σ(γ)·max/k (Table 3). ``max`` must not require grad.
+    """
+    return _symmetric_gamma(x, gamma, max, bits, sigmoid, eps)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, offset: Tensor | None = None, *, bits: int, eps: float = 1e-8
+) -> Tensor:
+    """Integer codes, without gradient. NaN gives code 0.
+
+    With ``offset`` clip(rint(x/s) - rint(z), 0, k): uint8 up to 8 bits, else int32. Without
+    (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2): int8 up to 8 bits, else int16.
+    """
+    return _quantize(x, scale, offset, bits, eps)
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, offset: Tensor | None = None, *, bits: int, eps: float = 1e-8
+) -> Tensor:
+    """The values s·(code + rint(z)) of :func:`quantize`'s codes, in scale's dtype, without gradient."""
+    return _dequantize(codes, scale, offset, bits, eps)
+
+
+def effective_scale_offset(
+    parameterization: str,
+    *parameters: Tensor,
+    bits: int,
+    symmetric: bool = False,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor | None]:
+    """Guarded scale and offset (None if symmetric) of a parameterization, without gradient.
+
+    ``parameterization`` is "scale_offset", "min_max", "beta_gamma" or "kscale_koffset"; with
+    ``symmetric`` the counterpart that learns s, θmax or γ. ``parameters`` are its tensors in the
+    order of the function of that name, constants included.
+    """
+    result = _effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps)
+    return result[0], (None if symmetric else result[1])
