@@ -50,8 +50,8 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
 
 at::Tensor fake_quantize_autograd(const at::Tensor& x, const at::Tensor& first,
                                   const OptionalTensor& second, const OptionalTensor& min,
-                                  const OptionalTensor& max, int64_t parameterization,
-                                  int64_t bits, double eps) {
+                                  const OptionalTensor& max, int64_t parameterization, int64_t bits,
+                                  double eps) {
   const Traits& traits = traits_of(parameterization);
   const auto check_constant = [&](const char* name, const OptionalTensor& tensor) {
     TORCH_CHECK(!tensor.has_value() || !tensor->requires_grad(), "asymq::fake_quantize_",

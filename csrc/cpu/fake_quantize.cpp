@@ -1,7 +1,8 @@
-// CPU kernels: fake-quantize forward and backward, quantize, dequantize, effective scale and offset.
+// CPU kernels: fake-quantize forward and backward, quantize, dequantize, effective scale and
+// offset.
 //
-// The loops over x (detail::Layout) are cut into tasks by shape alone, so that results do not depend
-// on the number of threads. A task walks its planes, the two innermost loops, whose rows are
+// The loops over x (detail::Layout) are cut into tasks by shape alone, so that results do not
+// depend on the number of threads. A task walks its planes, the two innermost loops, whose rows are
 //   runs     contiguous elements of one range,
 //   columns  contiguous elements of adjacent ranges, or
 //   strided  anything else.
@@ -42,8 +43,9 @@ struct Position {
   }
 };
 
-/// How the loops are cut: pieces of the outermost one, and of the second where the outermost selects
-/// ranges and is short. Pieces of a loop that stays within ranges are slabs: each sums for itself.
+/// How the loops are cut: pieces of the outermost one, and of the second where the outermost
+/// selects ranges and is short. Pieces of a loop that stays within ranges are slabs: each sums for
+/// itself.
 class Tasks {
  public:
   explicit Tasks(const Layout& layout) : layout_(layout) {
@@ -127,7 +129,7 @@ class GridTable {
   cpu::GridColumns<T> from(int64_t range) const {
     return {&values_[range], &values_[count_ + range], &values_[2 * count_ + range]};
   }
-  Grid<T> operator[](int64_t range) const { return from(range).at(0); }
+  Grid<T> operator[](int64_t range) const { return from(range).first(); }
 
  private:
   int64_t count_;
@@ -176,10 +178,9 @@ void forward_plane(const S* x, S* out, const GridTable<Compute<S>>& grids, const
     const Position start = plane.advanced(rows, row);
     if (contiguous && columns.range_stride == 0) {
       const Grid<T> grid = grids[start.range];
-      forward_blocks(x + start.x, out + start.out, columns.size,
-                     [&](const T* from, T* to, int64_t, int64_t n) {
-                       cpu::forward_run(from, to, n, grid);
-                     });
+      forward_blocks(
+          x + start.x, out + start.out, columns.size,
+          [&](const T* from, T* to, int64_t, int64_t n) { cpu::forward_run(from, to, n, grid); });
     } else if (contiguous && columns.range_stride == 1) {
       forward_blocks(x + start.x, out + start.out, columns.size,
                      [&](const T* from, T* to, int64_t first, int64_t n) {
@@ -188,8 +189,8 @@ void forward_plane(const S* x, S* out, const GridTable<Compute<S>>& grids, const
     } else {
       for (int64_t column = 0; column < columns.size; ++column) {
         const Position at = start.advanced(columns, column);
-        out[at.out] = static_cast<S>(
-            fake_quantize_element(static_cast<T>(x[at.x]), grids[at.range]));
+        out[at.out] =
+            static_cast<S>(fake_quantize_element(static_cast<T>(x[at.x]), grids[at.range]));
       }
     }
   }
@@ -240,12 +241,12 @@ struct Backward {
   void strided(const Dim& columns, const Position& start, Sums<double>* sums) const {
     for (int64_t column = 0; column < columns.size; ++column) {
       const Position at = start.advanced(columns, column);
-      const auto term = fake_quantize_element_backward(
-          static_cast<T>(grad[at.out]), static_cast<T>(x[at.x]), grids[at.range]);
+      const auto term = fake_quantize_element_backward(static_cast<T>(grad[at.out]),
+                                                       static_cast<T>(x[at.x]), grids[at.range]);
       if (dx != nullptr) dx[at.out] = static_cast<S>(term.x);
       if (sums != nullptr) {
         Sums<double>& sum = sums[column * columns.range_stride];
-        sum.inside += term.inside;
+        sum.inside += term.x * term.rounding;
         sum.below += term.below;
         sum.above += term.above;
       }
@@ -357,7 +358,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_cpu(
           total.above += part.above;
         }
         const RangeGradient gradient =
-            range_gradient<Compute<S>>(kind, pointers.load(i), total);
+            range_gradient(kind, make_gradient_map<Compute<S>>(kind, pointers.load(i)), total);
         if (first_to) first_to[i] = static_cast<P>(gradient.first);
         if (second_to) second_to[i] = static_cast<P>(gradient.second);
       }
@@ -394,8 +395,8 @@ void dispatch_codes(const at::Tensor& codes, const Body& body) {
   AT_DISPATCH_INTEGRAL_TYPES(codes.scalar_type(), "quantize", [&] { body(scalar_t{}); });
 }
 
-at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale,
-                        const OptionalTensor& offset, int64_t bits, double eps) {
+at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
+                        int64_t bits, double eps) {
   const QuantizerKind kind = check_quantize("quantize", x, scale, offset, bits, eps);
   const bool symmetric = is_symmetric(kind);
   const Layout layout = make_layout(x, scale.sizes());
@@ -407,13 +408,12 @@ at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale,
     const CodeRange<T> limits = code_range<T>(kind);
     dispatch_codes(codes, [&](auto code) {
       using C = decltype(code);
-      convert_elements<S, C>(x, codes, layout, kind, ranges.pointers<decltype(range)>(),
-                             [&](S value, auto effective) {
-                               return static_cast<C>(quantize_element(
-                                   static_cast<T>(value), static_cast<T>(effective.scale),
-                                   static_cast<T>(round_half_even(effective.offset)),
-                                   limits.first, limits.last));
-                             });
+      convert_elements<S, C>(
+          x, codes, layout, kind, ranges.pointers<decltype(range)>(), [&](S value, auto effective) {
+            return static_cast<C>(quantize_element(
+                static_cast<T>(value), static_cast<T>(effective.scale),
+                static_cast<T>(round_half_even(effective.offset)), limits.first, limits.last));
+          });
     });
   });
   return codes;
@@ -428,12 +428,11 @@ at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
   AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "dequantize", [&] {
     dispatch_codes(codes, [&](auto code) {
       using C = decltype(code);
-      convert_elements<C, scalar_t>(codes, out, layout, kind, ranges.pointers<scalar_t>(),
-                                    [](C value, auto effective) {
-                                      return dequantize_element(
-                                          static_cast<scalar_t>(value), effective.scale,
-                                          round_half_even(effective.offset));
-                                    });
+      convert_elements<C, scalar_t>(
+          codes, out, layout, kind, ranges.pointers<scalar_t>(), [](C value, auto effective) {
+            return dequantize_element(static_cast<scalar_t>(value), effective.scale,
+                                      round_half_even(effective.offset));
+          });
     });
   });
   return out;

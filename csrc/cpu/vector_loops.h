@@ -1,5 +1,5 @@
-// Innermost loops of the CPU kernels over contiguous elements, compiled for several instruction sets
-// and chosen at load time. Half types are widened block by block into these.
+// Innermost loops of the CPU kernels over contiguous elements, compiled for several instruction
+// sets and chosen at load time. Half types are widened block by block into these.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -22,7 +22,7 @@ struct GridColumns {
   GridColumns from(int64_t columns) const {
     return {scale + columns, lower + columns, upper + columns};
   }
-  Grid<T> at(int64_t column) const { return {scale[column], lower[column], upper[column]}; }
+  Grid<T> first() const { return {*scale, *lower, *upper}; }
 };
 
 /// Sums of adjacent ranges, structure of arrays.
@@ -31,7 +31,6 @@ struct SumColumns {
   T* inside;
   T* below;
   T* above;
-
 };
 
 /// Sums are gathered in the compute type over at most this many terms each, then added in double:
@@ -54,8 +53,8 @@ void backward_run(const float* grad, const float* x, float* dx, int64_t n, Grid<
                   Sums<double>* sums);
 void backward_run(const double* grad, const double* x, double* dx, int64_t n, Grid<double> grid,
                   Sums<double>* sums);
-void backward_row(const float* grad, const float* x, float* dx, int64_t n,
-                  GridColumns<float> grids, SumColumns<float> sums);
+void backward_row(const float* grad, const float* x, float* dx, int64_t n, GridColumns<float> grids,
+                  SumColumns<float> sums);
 void backward_row(const double* grad, const double* x, double* dx, int64_t n,
                   GridColumns<double> grids, SumColumns<double> sums);
 

@@ -91,10 +91,6 @@ ArgumentList name_ranges(const Traits& traits, const char* prefix, const RangeTe
   return list;
 }
 
-QuantizerKind make_kind(int64_t parameterization, int64_t bits, double eps) {
-  return {static_cast<int>(parameterization), static_cast<int>(bits), eps};
-}
-
 }  // namespace
 
 const Traits& traits_of(int64_t parameterization) {

@@ -1,5 +1,5 @@
-// The public functions. They serve C++ callers, and the dispatcher as the decomposition of the public
-// operators into the private ones.
+// The public functions. They serve C++ callers, and the dispatcher as the decomposition of the
+// public operators into the private ones.
 #include "asymq/fake_quantize.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -67,8 +67,7 @@ at::Tensor fake_quantize_min_max(const at::Tensor& x, const at::Tensor& min, con
 
 at::Tensor fake_quantize_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
                                     const at::Tensor& gamma, const at::Tensor& min,
-                                    const at::Tensor& max, int64_t bits, bool sigmoid,
-                                    double eps) {
+                                    const at::Tensor& max, int64_t bits, bool sigmoid, double eps) {
   return fake_quantize_op(x, beta, gamma, min, max,
                           sigmoid ? id<BetaGamma<true>>() : id<BetaGamma<false>>(), bits, eps);
 }
@@ -78,8 +77,8 @@ at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& k
   return fake_quantize_op(x, kscale, koffset, {}, {}, id<KscaleKoffset>(), bits, eps);
 }
 
-at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale,
-                                         int64_t bits, double eps) {
+at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale, int64_t bits,
+                                         double eps) {
   return fake_quantize_op(x, scale, {}, {}, {}, id<SymmetricScale>(), bits, eps);
 }
 
@@ -114,10 +113,11 @@ std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view p
                                                               bool sigmoid, double eps) {
   constexpr const char* prefix = "asymq::effective_scale_offset: ";
   const int64_t id = find_parameterization(parameterization, symmetric, sigmoid);
-  TORCH_CHECK(id >= 0, prefix,
-              "parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
-              "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
-              parameterization, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
+  TORCH_CHECK(
+      id >= 0, prefix,
+      "parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
+      "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
+      parameterization, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
   const Traits& traits = Parameterizations::traits[id];
   size_t used = 0;
   const auto take = [&](const char* name) -> OptionalTensor {

@@ -26,8 +26,7 @@ TORCH_LIBRARY(asymq, m) {
   define(
       "fake_quantize_symmetric_scale(Tensor x, Tensor scale, int bits, float eps=1e-8) -> "
       "Tensor");
-  define(
-      "fake_quantize_symmetric_max(Tensor x, Tensor max, int bits, float eps=1e-8) -> Tensor");
+  define("fake_quantize_symmetric_max(Tensor x, Tensor max, int bits, float eps=1e-8) -> Tensor");
   define(
       "fake_quantize_symmetric_gamma(Tensor x, Tensor gamma, Tensor max, int bits, "
       "bool sigmoid=False, float eps=1e-8) -> Tensor");
@@ -35,8 +34,7 @@ TORCH_LIBRARY(asymq, m) {
       "effective_scale_offset(str parameterization, Tensor[] parameters, int bits, "
       "bool symmetric=False, bool sigmoid=False, float eps=1e-8) -> Tensor[]");
 
-  define(
-      "quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> Tensor");
+  define("quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> Tensor");
   define(
       "dequantize(Tensor codes, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> "
       "Tensor");

@@ -2,14 +2,14 @@
 
 Common to all functions:
 
-- ``x`` is float32, float64, bfloat16 or float16, of any shape and strides, on CPU or CUDA. The result
-  has x's shape and dtype and the strides of ``torch.empty_like(x)``.
+- ``x`` is float32, float64, bfloat16 or float16, of any shape and strides, on CPU or CUDA. The
+  result has x's shape and dtype and the strides of ``torch.empty_like(x)``.
 - Range tensors are float32 (float64 allowed where x is float64), on x's device, all of one shape,
   which is the granularity: one element (per tensor), or x's number of dimensions with each size 1,
   x's size there, or a divisor of it (blocks). ``[C, 1]`` is per row, ``[1, C]`` per column,
   ``[C, K // G]`` groups of G along the last axis.
 - ``bits`` is 2 to 16; k = 2**bits - 1.
-- ``eps`` is the least effective scale: s = max(raw s, eps). The gradient passes straight through it.
+- ``eps`` is the least effective scale: s = max(raw s, eps). The gradient passes straight through.
 - A grid starts at s·rint(z): torch's ``zero_point`` is -rint(z) with quant_min 0, quant_max k.
 - Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
   Ranges for Quantization-Aware Training". NaN counts as inside the range, infinities saturate.
@@ -111,7 +111,7 @@ def quantize(
 def dequantize(
     codes: Tensor, scale: Tensor, offset: Tensor | None = None, *, bits: int, eps: float = 1e-8
 ) -> Tensor:
-    """The values s·(code + rint(z)) of :func:`quantize`'s codes, in scale's dtype, without gradient."""
+    """The values s·(code + rint(z)) of codes of :func:`quantize`, in scale's dtype, no gradient."""
     return _dequantize(codes, scale, offset, bits, eps)
 
 

@@ -1,11 +1,12 @@
 // Differentiable fake-quantize with learnable ranges, for LibTorch.
 //
 // Common to all functions
-//   x       float32, float64, bfloat16 or float16, any shape and strides, CPU or CUDA. The result has
+//   x       float32, float64, bfloat16 or float16, any shape and strides, CPU or CUDA. The result
+//   has
 //           x's shape and dtype and the strides of empty_like(x).
 //   ranges  float32 (float64 allowed where x is float64), on x's device, all of one shape, which is
-//           the granularity: one element (per tensor), or x's number of dimensions with each size 1,
-//           x's size there, or a divisor of it (blocks). [C, 1] is per row, [1, C] per column,
+//           the granularity: one element (per tensor), or x's number of dimensions with each size
+//           1, x's size there, or a divisor of it (blocks). [C, 1] is per row, [1, C] per column,
 //           [C, K/G] groups of G along the last axis.
 //   bits    2 to 16; k = 2^bits - 1.
 //   eps     least effective scale: s = max(raw s, eps), the gradient passes straight through.
@@ -21,6 +22,9 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+
+// The library hides what it does not declare here.
+#pragma GCC visibility push(default)
 
 namespace asymq {
 
@@ -57,9 +61,9 @@ at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& 
                                          const at::Tensor& max, int64_t bits, bool sigmoid = false,
                                          double eps = 1e-8);
 
-/// Integer codes, without gradient. With offset clip(rint(x/s) - rint(z), 0, k): uint8 up to 8 bits,
-/// else int32. Without offset (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2): int8 up to 8 bits, else
-/// int16. NaN gives code 0.
+/// Integer codes, without gradient. With offset clip(rint(x/s) - rint(z), 0, k): uint8 up to 8
+/// bits, else int32. Without offset (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2): int8 up to 8
+/// bits, else int16. NaN gives code 0.
 at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale,
                     const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8);
 
@@ -67,11 +71,14 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale,
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
                       const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8);
 
-/// Guarded scale s and offset z (none if symmetric) of a parameterization: "scale_offset", "min_max",
-/// "beta_gamma" or "kscale_koffset", whose symmetric counterparts learn s, θmax and γ. `parameters`
-/// are its tensors in the order of the function of that name, constants included. Without gradient.
+/// Guarded scale s and offset z (none if symmetric) of a parameterization: "scale_offset",
+/// "min_max", "beta_gamma" or "kscale_koffset", whose symmetric counterparts learn s, θmax and γ.
+/// `parameters` are its tensors in the order of the function of that name, constants included.
+/// Without gradient.
 std::tuple<at::Tensor, std::optional<at::Tensor>> effective_scale_offset(
     std::string_view parameterization, at::TensorList parameters, int64_t bits,
     bool symmetric = false, bool sigmoid = false, double eps = 1e-8);
 
 }  // namespace asymq
+
+#pragma GCC visibility pop

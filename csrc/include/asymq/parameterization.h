@@ -3,8 +3,10 @@
 //
 // A parameterization is one struct with
 //   traits                 its public name and the names of its parameters,
-//   scale_offset(range)    parameters -> guarded scale s and offset z, in the parameters' type P and
-//                          exactly in the order written (CPU, CUDA and any reference round z alike),
+//   scale_offset(range)    parameters -> guarded scale s and offset z, in the parameters' type P
+//   and
+//                          exactly in the order written (CPU, CUDA and any reference round z
+//                          alike),
 //   gradient(...)          sums -> gradients of the learned parameters, in double.
 // and one entry in `Parameterizations` at the end.
 #pragma once
@@ -38,9 +40,11 @@ struct Sums {
 
 /// One range's grid in double, as the gradients need it.
 struct GridPoint {
-  double scale, offset;  ///< s, z
+  double scale;          ///< s
   double lower, upper;   ///< n, p
   double steps;          ///< k
+  double inverse_steps;  ///< 1/k
+  double zeta;           ///< ζ/k = (rint(z) - z)/k
 };
 
 /// dL/d(first), dL/d(second).
@@ -92,14 +96,13 @@ ASYMQ_HOST_DEVICE double offset_gradient(const GridPoint& grid, const Sums<doubl
 /// dL/dθmin: -e/k inside, 1 - ζ/k below, -ζ/k above, with ζ = rint(z) - z. Not composed from dL/ds
 /// and dL/dz, which cancel catastrophically for a collapsed or reversed range.
 ASYMQ_HOST_DEVICE double min_gradient(const GridPoint& grid, const Sums<double>& sums) {
-  const double zeta = (grid.lower - grid.offset) / grid.steps;
-  return -sums.inside / grid.steps + (1.0 - zeta) * sums.below - zeta * sums.above;
+  return -sums.inside * grid.inverse_steps + (1.0 - grid.zeta) * sums.below -
+         grid.zeta * sums.above;
 }
 
 /// dL/dθmax: e/k inside, ζ/k below, 1 + ζ/k above.
 ASYMQ_HOST_DEVICE double max_gradient(const GridPoint& grid, const Sums<double>& sums) {
-  const double zeta = (grid.lower - grid.offset) / grid.steps;
-  return sums.inside / grid.steps + zeta * sums.below + (1.0 + zeta) * sums.above;
+  return sums.inside * grid.inverse_steps + grid.zeta * sums.below + (1.0 + grid.zeta) * sums.above;
 }
 
 /// s and z of a range given by its ends (eq. 1).
@@ -110,7 +113,8 @@ ASYMQ_HOST_DEVICE ScaleOffset<P> scale_offset_of_ends(P min, P max, P steps, P e
 }
 
 struct ScaleOffsetParameterization {
-  static constexpr Traits traits{"scale_offset", "scale_offset", false, false, "scale", "offset", "", ""};
+  static constexpr Traits traits{"scale_offset", "scale_offset", false, false,
+                                 "scale",        "offset",       "",    ""};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P, P eps) {
@@ -138,7 +142,8 @@ struct MinMax {
 /// θmin and θmax scaled by β and γ, or by σ(β) and σ(γ) (eq. 3).
 template <bool kSigmoid>
 struct BetaGamma {
-  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, kSigmoid, "beta", "gamma", "min", "max"};
+  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, kSigmoid,
+                                 "beta",       "gamma",      "min", "max"};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
@@ -157,7 +162,8 @@ struct BetaGamma {
 
 /// s = s'/k, z = k·z' (eq. 9): scale and offset freed of the bit width.
 struct KscaleKoffset {
-  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false, "kscale", "koffset", "", ""};
+  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false,
+                                 "kscale",         "koffset",        "",    ""};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
@@ -165,12 +171,14 @@ struct KscaleKoffset {
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    return {scale_gradient(grid, sums) / grid.steps, grid.steps * offset_gradient(grid, sums)};
+    return {scale_gradient(grid, sums) * grid.inverse_steps,
+            grid.steps * offset_gradient(grid, sums)};
   }
 };
 
 struct SymmetricScale {
-  static constexpr Traits traits{"symmetric_scale", "scale_offset", true, false, "scale", "", "", ""};
+  static constexpr Traits traits{
+      "symmetric_scale", "scale_offset", true, false, "scale", "", "", ""};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P, P eps) {
@@ -192,14 +200,15 @@ struct SymmetricMax {
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    return {2.0 / grid.steps * scale_gradient(grid, sums), 0.0};
+    return {2.0 * grid.inverse_steps * scale_gradient(grid, sums), 0.0};
   }
 };
 
 /// s = 2γθmax/k, or 2σ(γ)θmax/k (Table 3).
 template <bool kSigmoid>
 struct SymmetricGamma {
-  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kSigmoid, "gamma", "", "", "max"};
+  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kSigmoid,
+                                 "gamma",           "",           "",   "max"};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
@@ -209,13 +218,13 @@ struct SymmetricGamma {
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
                                                   const Sums<double>& sums) {
     const double gamma = kSigmoid ? sigmoid_derivative(range.first) : 1.0;
-    return {gamma * range.max * (2.0 / grid.steps) * scale_gradient(grid, sums), 0.0};
+    return {gamma * range.max * (2.0 * grid.inverse_steps) * scale_gradient(grid, sums), 0.0};
   }
 };
 
 template <class... Ps>
 struct ParameterizationList {
-  static constexpr Traits traits[] = {Ps::traits...};
+  static constexpr Traits traits[sizeof...(Ps)] = {Ps::traits...};
 };
 
 /// All parameterizations. Kernels and the dispatcher know one by its position here.
@@ -223,6 +232,18 @@ using Parameterizations =
     ParameterizationList<ScaleOffsetParameterization, MinMax, BetaGamma<false>, BetaGamma<true>,
                          KscaleKoffset, SymmetricScale, SymmetricMax, SymmetricGamma<false>,
                          SymmetricGamma<true>>;
+
+/// Bit i tells whether the parameterization at position i is symmetric.
+constexpr uint32_t symmetric_bits() {
+  uint32_t bits = 0, bit = 1;
+  for (const Traits& traits : Parameterizations::traits) {
+    if (traits.symmetric) bits |= bit;
+    bit <<= 1;
+  }
+  return bits;
+}
+
+inline constexpr uint32_t kSymmetricBits = symmetric_bits();
 
 /// Position of the parameterization with these traits, or -1.
 constexpr int find_parameterization(std::string_view family, bool symmetric, bool sigmoid) {
@@ -249,26 +270,30 @@ struct QuantizerKind {
   int parameterization;
   int bits;
   double eps;
+  double inverse_steps;  ///< 1/k, so that no kernel divides in double
 };
 
-/// Guarded s and z of one range.
+constexpr QuantizerKind make_kind(int64_t parameterization, int64_t bits, double eps) {
+  return {static_cast<int>(parameterization), static_cast<int>(bits), eps,
+          1.0 / static_cast<double>((int64_t{1} << bits) - 1)};
+}
+
+/// Guarded s and z of one range. A NaN offset makes the scale NaN: compare and select alone would
+/// let it through to finite results.
 template <class P>
 ASYMQ_HOST_DEVICE ScaleOffset<P> effective_scale_offset(const QuantizerKind& kind,
                                                         const Range<P>& range) {
   ScaleOffset<P> result{};
   visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
-    result = parameterization.scale_offset(range, grid_steps<P>(kind.bits),
-                                           static_cast<P>(kind.eps));
+    result =
+        parameterization.scale_offset(range, grid_steps<P>(kind.bits), static_cast<P>(kind.eps));
   });
+  if (result.offset != result.offset) result.scale = result.offset;
   return result;
 }
 
 ASYMQ_HOST_DEVICE bool is_symmetric(const QuantizerKind& kind) {
-  bool symmetric = false;
-  visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
-    symmetric = decltype(parameterization)::traits.symmetric;
-  });
-  return symmetric;
+  return (kSymmetricBits >> kind.parameterization & 1) != 0;
 }
 
 /// First and last integer code of quantize: 0 and k, or ±(k-1)/2 if symmetric.
@@ -284,32 +309,46 @@ ASYMQ_HOST_DEVICE CodeRange<T> code_range(const QuantizerKind& kind) {
   return is_symmetric(kind) ? CodeRange<T>{-limit, limit} : CodeRange<T>{T(0), steps};
 }
 
-/// The grid of one range for elements of compute type T. A NaN offset makes the scale NaN: compare
-/// and select alone would let it through to finite results.
+/// The grid of one range for elements of compute type T.
 template <class T, class P>
-ASYMQ_HOST_DEVICE Grid<T> make_grid(const QuantizerKind& kind, const Range<P>& range) {
-  const ScaleOffset<P> effective = effective_scale_offset(kind, range);
+ASYMQ_HOST_DEVICE Grid<T> make_grid(const QuantizerKind& kind, const ScaleOffset<P>& effective) {
   const CodeRange<T> codes = code_range<T>(kind);
   const T origin = static_cast<T>(round_half_even(effective.offset));
-  return {origin == origin ? static_cast<T>(effective.scale) : origin, origin + codes.first,
-          origin + codes.last};
+  return {static_cast<T>(effective.scale), origin + codes.first, origin + codes.last};
 }
 
-/// Gradients of the learned parameters of one range from its three sums. T is the compute type of
-/// the elements whose sums these are: n and p are theirs.
 template <class T, class P>
-ASYMQ_HOST_DEVICE RangeGradient range_gradient(const QuantizerKind& kind, const Range<P>& range,
-                                               const Sums<double>& sums) {
+ASYMQ_HOST_DEVICE Grid<T> make_grid(const QuantizerKind& kind, const Range<P>& range) {
+  return make_grid<T>(kind, effective_scale_offset(kind, range));
+}
+
+/// What turns one range's sums into gradients: its parameters and its grid, in double.
+struct RangeGradientMap {
+  Range<double> range;
+  GridPoint grid;
+};
+
+/// T is the compute type of the elements whose sums these will be: n and p are theirs.
+template <class T, class P>
+ASYMQ_HOST_DEVICE RangeGradientMap make_gradient_map(const QuantizerKind& kind,
+                                                     const Range<P>& range) {
   const ScaleOffset<P> effective = effective_scale_offset(kind, range);
-  const Grid<T> grid = make_grid<T>(kind, range);
-  const GridPoint point{static_cast<double>(effective.scale), static_cast<double>(effective.offset),
-                        static_cast<double>(grid.lower), static_cast<double>(grid.upper),
-                        grid_steps<double>(kind.bits)};
-  const Range<double> wide{static_cast<double>(range.first), static_cast<double>(range.second),
-                           static_cast<double>(range.min), static_cast<double>(range.max)};
+  const Grid<T> grid = make_grid<T>(kind, effective);
+  const double lower = static_cast<double>(grid.lower);
+  return {{static_cast<double>(range.first), static_cast<double>(range.second),
+           static_cast<double>(range.min), static_cast<double>(range.max)},
+          {static_cast<double>(grid.scale), lower, static_cast<double>(grid.upper),
+           grid_steps<double>(kind.bits), kind.inverse_steps,
+           (lower - static_cast<double>(effective.offset)) * kind.inverse_steps}};
+}
+
+/// Gradients of the learned parameters of one range from its three sums.
+ASYMQ_HOST_DEVICE RangeGradient range_gradient(const QuantizerKind& kind,
+                                               const RangeGradientMap& map,
+                                               const Sums<double>& sums) {
   RangeGradient result{};
   visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
-    result = parameterization.gradient(wide, point, sums);
+    result = parameterization.gradient(map.range, map.grid, sums);
   });
   return result;
 }

@@ -38,10 +38,43 @@ struct Grid {
   T upper;  ///< p = n + k, or (k-1)/2 if symmetric
 };
 
-/// x̂ = s * clip(rint(x / s), n, p) (eq. 1). The division is a true one: x * (1/s) differs near ties.
+/// x / s, a true division: x * (1/s) differs near ties.
 template <class T>
-ASYMQ_HOST_DEVICE T fake_quantize_element(T x, const Grid<T>& grid) {
-  T index = round_half_even(x / grid.scale);
+ASYMQ_HOST_DEVICE T quotient(T x, const Grid<T>& grid) {
+  return x / grid.scale;
+}
+
+/// A grid for many divisions: `reciprocal` is 1/scale, correctly rounded.
+struct ReciprocalGrid : Grid<float> {
+  float reciprocal;
+};
+
+/// Whether `quotient` of a ReciprocalGrid may stand in for a division on this grid: no remainder
+/// that matters underflows, and quotients past 2^127 are outside the range whatever they are.
+ASYMQ_HOST_DEVICE bool has_reciprocal(const Grid<float>& grid) {
+  using std::fabs;
+  return grid.scale >= 0x1p-100f && grid.scale <= 0x1p126f && fabs(grid.lower) < 0x1p126f;
+}
+
+ASYMQ_HOST_DEVICE ReciprocalGrid make_reciprocal(const Grid<float>& grid) {
+  return {grid, 1.0f / grid.scale};
+}
+
+/// x / s rounded as the division rounds it, for five multiply-adds: an estimate, corrected twice by
+/// its exact remainder. The remainder's sign is chosen such that -0 stays -0.
+ASYMQ_HOST_DEVICE float quotient(float x, const ReciprocalGrid& grid) {
+  using std::fabs;
+  using std::fma;
+  const float estimate = x * grid.reciprocal;
+  float result = fma(-fma(estimate, grid.scale, -x), grid.reciprocal, estimate);
+  result = fma(-fma(result, grid.scale, -x), grid.reciprocal, result);
+  return fabs(estimate) < 0x1p127f ? result : estimate;
+}
+
+/// x̂ = s * clip(rint(x / s), n, p) (eq. 1). G is Grid<T> or ReciprocalGrid.
+template <class T, class G>
+ASYMQ_HOST_DEVICE T fake_quantize_element(T x, const G& grid) {
+  T index = round_half_even(quotient(x, grid));
   index = index < grid.lower ? grid.lower : index;
   index = index > grid.upper ? grid.upper : index;
   return grid.scale * index;
@@ -50,24 +83,23 @@ ASYMQ_HOST_DEVICE T fake_quantize_element(T x, const Grid<T>& grid) {
 /// What one element adds to the backward pass.
 template <class T>
 struct ElementGradient {
-  T x;       ///< dL/dx: g inside the range, else 0
-  T inside;  ///< g * (rint(x/s) - x/s) inside, else 0
-  T below;   ///< g below the range, else 0
-  T above;   ///< g above the range, else 0
+  T x;         ///< dL/dx: g inside the range, else 0
+  T rounding;  ///< e = rint(x/s) - x/s inside, else 0; the range's sum G_in takes x * rounding
+  T below;     ///< g below the range, else 0
+  T above;     ///< g above the range, else 0
 };
 
 /// Straight-through gradient of fake_quantize_element for an upstream gradient g. Every
-/// parameterization's gradient is a linear map of the sums of the last three (parameterization.h).
-template <class T>
-ASYMQ_HOST_DEVICE ElementGradient<T> fake_quantize_element_backward(T g, T x,
-                                                                    const Grid<T>& grid) {
-  const T quotient = x / grid.scale;
-  const T index = round_half_even(quotient);
+/// parameterization's gradient is a linear map of the sums over x * rounding, below and above
+/// (parameterization.h).
+template <class T, class G>
+ASYMQ_HOST_DEVICE ElementGradient<T> fake_quantize_element_backward(T g, T x, const G& grid) {
+  const T exact = quotient(x, grid);
+  const T index = round_half_even(exact);
   const bool below = index < grid.lower;
   const bool above = index > grid.upper;
   const bool inside = !below && !above;
-  const T rounding = g * (index - quotient);
-  return {inside ? g : T(0), inside ? rounding : T(0), below ? g : T(0), above ? g : T(0)};
+  return {inside ? g : T(0), inside ? index - exact : T(0), below ? g : T(0), above ? g : T(0)};
 }
 
 /// Integer code of x, counted from the grid's lower end `origin`: clip(rint(x/s) - origin, first,

@@ -22,7 +22,8 @@ constexpr int kMaxDims = 2 * kMaxAxes;
 
 /// Loops over x, outermost first, in the memory order of the output, which is dense: out_stride is
 /// the product of the sizes further in. Neighbouring loops that step alike are merged, loops of
-/// size 1 are gone, so per tensor is one loop, a row-wise weight two, groups along the last axis two.
+/// size 1 are gone, so per tensor is one loop, a row-wise weight two, groups along the last axis
+/// two.
 struct Layout {
   int ndim;
   int64_t numel;

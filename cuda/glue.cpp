@@ -1,0 +1,210 @@
+// The CUDA operators: the one file here that knows torch. Each checks, guards the device,
+// allocates, dispatches the dtypes, launches and checks the launch.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+#include "ops/arguments.h"
+
+namespace asymq {
+namespace {
+
+using detail::Layout;
+
+/// The kernels' name for an element type.
+template <class S>
+struct DeviceType {
+  using type = S;
+};
+template <>
+struct DeviceType<c10::Half> {
+  using type = __half;
+};
+template <>
+struct DeviceType<c10::BFloat16> {
+  using type = __nv_bfloat16;
+};
+
+template <class D>
+const D* input(const at::Tensor& tensor) {
+  return tensor.defined() ? static_cast<const D*>(tensor.const_data_ptr()) : nullptr;
+}
+
+template <class D>
+D* output(const at::Tensor& tensor) {
+  return tensor.defined() ? static_cast<D*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+/// Calls body(S{}, P{}) for the kernels' types of elements and ranges.
+template <class Body>
+void dispatch_dtypes(const at::Tensor& x, const at::Tensor& range, const Body& body) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "asymq", [&] {
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      if (range.scalar_type() == at::kDouble) return body(scalar_t{}, double{});
+    }
+    body(typename DeviceType<scalar_t>::type{}, float{});
+  });
+}
+
+template <class Body>
+void dispatch_codes(const at::Tensor& codes, const Body& body) {
+  switch (codes.scalar_type()) {
+    case at::kByte:
+      return body(uint8_t{});
+    case at::kChar:
+      return body(int8_t{});
+    case at::kShort:
+      return body(int16_t{});
+    default:
+      return body(int32_t{});
+  }
+}
+
+cuda::Plan plan_for(const Layout& layout, bool sums, const at::Tensor& x,
+                    std::initializer_list<at::Tensor> others) {
+  const auto aligned = [](const at::Tensor& tensor) {
+    return !tensor.defined() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  };
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  cuda::Plan plan =
+      cuda::make_plan(layout, static_cast<int>(x.element_size()),
+                      aligned(x) && std::all_of(others.begin(), others.end(), aligned), sums,
+                      device->multiProcessorCount);
+  plan.overlaps = device->major >= 9;
+  return plan;
+}
+
+at::Tensor fake_quantize_cuda(const at::Tensor& x, const at::Tensor& first,
+                              const OptionalTensor& second, const OptionalTensor& min,
+                              const OptionalTensor& max, int64_t parameterization, int64_t bits,
+                              double eps) {
+  const RangeTensors tensors{first, second, min, max};
+  const QuantizerKind kind = check_fake_quantize(x, tensors, parameterization, bits, eps);
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor out = at::empty_like(x);
+  if (x.numel() == 0) return out;
+  const Layout layout = make_layout(x, first.sizes());
+  const ContiguousRanges ranges(tensors);
+  const cuda::Plan plan = plan_for(layout, false, x, {out});
+  dispatch_dtypes(x, first, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    cuda::launch_forward<S, P>(plan, layout, kind, ranges.pointers<P>(), input<S>(x),
+                               output<S>(out), at::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& first,
+    const OptionalTensor& second, const OptionalTensor& min, const OptionalTensor& max,
+    int64_t parameterization, int64_t bits, double eps, std::array<bool, 3> needs) {
+  const RangeTensors tensors{first, second, min, max};
+  const QuantizerKind kind = check_fake_quantize(x, tensors, parameterization, bits, eps);
+  check_grad(grad, x, parameterization);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto like_range = [&](bool needed) {
+    return needed ? at::empty(first.sizes(), first.options()) : at::Tensor();
+  };
+  at::Tensor dx = needs[0] ? at::empty_like(x) : at::Tensor();
+  at::Tensor first_grad = like_range(needs[1]), second_grad = like_range(needs[2]);
+  const bool needs_sums = (needs[1] || needs[2]) && first.numel() > 0;
+  if (!needs_sums && (!needs[0] || x.numel() == 0)) return {dx, first_grad, second_grad};
+
+  const Layout layout = make_layout(x, first.sizes());
+  const ContiguousRanges ranges(tensors);
+  const at::Tensor upstream = match_layout(grad, x);
+  const cuda::Plan plan = plan_for(layout, needs_sums, x, {upstream, dx});
+  const int64_t partials = cuda::partial_sums(plan).count();
+  const at::Tensor workspace =
+      needs_sums && partials != 1
+          ? at::empty({3 * layout.ranges * partials}, x.options().dtype(at::kDouble))
+          : at::Tensor();
+  dispatch_dtypes(x, first, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    cuda::launch_backward<S, P>(plan, layout, kind, ranges.pointers<P>(), input<S>(upstream),
+                                input<S>(x), output<S>(dx), output<P>(first_grad),
+                                output<P>(second_grad), output<double>(workspace),
+                                at::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dx, first_grad, second_grad};
+}
+
+at::Tensor quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
+                         int64_t bits, double eps) {
+  const QuantizerKind kind = check_quantize("quantize", x, scale, offset, bits, eps);
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor codes = at::empty_like(x, x.options().dtype(code_dtype(bits, is_symmetric(kind))));
+  if (x.numel() == 0) return codes;
+  const Layout layout = make_layout(x, scale.sizes());
+  const ContiguousRanges ranges({scale, offset, {}, {}});
+  dispatch_dtypes(x, scale, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    dispatch_codes(codes, [&](auto code) {
+      using Code = decltype(code);
+      cuda::launch_quantize<S, P, Code>(layout, kind, ranges.pointers<P>(), input<S>(x),
+                                        output<Code>(codes), at::cuda::getCurrentCUDAStream());
+    });
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return codes;
+}
+
+at::Tensor dequantize_cuda(const at::Tensor& codes, const at::Tensor& scale,
+                           const OptionalTensor& offset, int64_t bits, double eps) {
+  const QuantizerKind kind = check_quantize("dequantize", codes, scale, offset, bits, eps);
+  const c10::cuda::CUDAGuard guard(codes.device());
+  at::Tensor out = at::empty_like(codes, codes.options().dtype(scale.scalar_type()));
+  if (codes.numel() == 0) return out;
+  const Layout layout = make_layout(codes, scale.sizes());
+  const ContiguousRanges ranges({scale, offset, {}, {}});
+  AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "dequantize", [&] {
+    dispatch_codes(codes, [&](auto code) {
+      using Code = decltype(code);
+      cuda::launch_dequantize<scalar_t, Code>(layout, kind, ranges.pointers<scalar_t>(),
+                                              input<Code>(codes), output<scalar_t>(out),
+                                              at::cuda::getCurrentCUDAStream());
+    });
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> effective_scale_offset_cuda(
+    const at::Tensor& first, const OptionalTensor& second, const OptionalTensor& min,
+    const OptionalTensor& max, int64_t parameterization, int64_t bits, double eps) {
+  const RangeTensors tensors{first, second, min, max};
+  const QuantizerKind kind = check_ranges(tensors, parameterization, bits, eps);
+  const c10::cuda::CUDAGuard guard(first.device());
+  at::Tensor scale = at::empty(first.sizes(), first.options());
+  at::Tensor offset = at::empty(first.sizes(), first.options());
+  if (first.numel() == 0) return {scale, offset};
+  const ContiguousRanges ranges(tensors);
+  AT_DISPATCH_FLOATING_TYPES(first.scalar_type(), "effective_scale_offset", [&] {
+    cuda::launch_effective_scale_offset<scalar_t>(first.numel(), kind, ranges.pointers<scalar_t>(),
+                                                  output<scalar_t>(scale), output<scalar_t>(offset),
+                                                  at::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {scale, offset};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(asymq, CUDA, m) {
+  m.impl("_fake_quantize", fake_quantize_cuda);
+  m.impl("_fake_quantize_backward", fake_quantize_backward_cuda);
+  m.impl("quantize", quantize_cuda);
+  m.impl("dequantize", dequantize_cuda);
+  m.impl("_effective_scale_offset", effective_scale_offset_cuda);
+}
+
+}  // namespace asymq

@@ -1,0 +1,44 @@
+// Launchers of the CUDA kernels: device pointers and a stream, no torch. S is the type of the
+// elements (float, double, __half, __nv_bfloat16), P that of the ranges (float, or double where S
+// is double).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "asymq/detail/layout.h"
+#include "plan.h"
+
+namespace asymq::cuda {
+
+template <class S, class P>
+void launch_forward(const Plan& plan, const detail::Layout& layout, const QuantizerKind& kind,
+                    const detail::RangePointers<P>& ranges, const S* x, S* out,
+                    cudaStream_t stream);
+
+/// dx is null where not wanted. `first` and `second` receive the gradients of the learned
+/// parameters; both are null where no sums are wanted, one where that parameter's is not.
+/// `workspace` holds 3 · layout.ranges · partial_sums(plan).count() doubles; it is not used, and
+/// may be null, where that count is 1 or no sums are wanted.
+template <class S, class P>
+void launch_backward(const Plan& plan, const detail::Layout& layout, const QuantizerKind& kind,
+                     const detail::RangePointers<P>& ranges, const S* grad, const S* x, S* dx,
+                     P* first, P* second, double* workspace, cudaStream_t stream);
+
+template <class S, class P, class Code>
+void launch_quantize(const detail::Layout& layout, const QuantizerKind& kind,
+                     const detail::RangePointers<P>& ranges, const S* x, Code* codes,
+                     cudaStream_t stream);
+
+template <class P, class Code>
+void launch_dequantize(const detail::Layout& layout, const QuantizerKind& kind,
+                       const detail::RangePointers<P>& ranges, const Code* codes, P* out,
+                       cudaStream_t stream);
+
+template <class P>
+void launch_effective_scale_offset(int64_t count, const QuantizerKind& kind,
+                                   const detail::RangePointers<P>& ranges, P* scale, P* offset,
+                                   cudaStream_t stream);
+
+}  // namespace asymq::cuda

@@ -1,0 +1,184 @@
+// Which kernel serves a layout, and how its work is cut. Decided by shape, alignment and the number
+// of multiprocessors alone, so that the order of every sum is fixed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "asymq/detail/layout.h"
+
+namespace asymq::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kRowThreads = 128;   // warp_rows: four warps, each with rows of its own
+constexpr int kSpanThreads = 256;  // spans: one block per span of a row
+constexpr int kColumnGroups = 8;   // columns: rows that a block reads at a time
+constexpr int kColumnThreads = kWarp * kColumnGroups;
+constexpr int kGenericThreads = 128;
+
+// Vectors in flight per thread. The backward of spans reads two tensors at 2 each.
+constexpr int kUnroll = 4;
+constexpr int kSpanUnroll = 2;
+
+// Resident blocks per multiprocessor that the backward kernels' registers are allotted for.
+constexpr int kRowBlocks = 5;
+constexpr int kSpanBlocks = 3;
+constexpr int kColumnBlocks = 2;
+
+/// Sums are gathered in float over at most this many vectors per thread before they become double.
+constexpr int64_t kVectorsPerSum = 64;
+
+enum class Path {
+  kWarpRows,  ///< x is rows of one range each: lanes of a warp share a row
+  kSpans,     ///< rows so long that a block, or several, take one
+  kColumns,   ///< neighbouring elements belong to neighbouring ranges: a thread owns columns
+  kGeneric    ///< anything else, element by element
+};
+
+/// x as [outer, channels, inner] with range index = channel. Strides count elements.
+struct Shape {
+  int64_t outer = 1, channels = 1, inner = 1;
+  int64_t x_outer_stride = 0, x_channel_stride = 0;
+
+  ASYMQ_HOST_DEVICE int64_t rows() const { return outer * channels; }
+  ASYMQ_HOST_DEVICE int64_t columns() const { return channels * inner; }
+  ASYMQ_HOST_DEVICE int64_t channel(int64_t row) const { return outer == 1 ? row : row % channels; }
+  ASYMQ_HOST_DEVICE int64_t x_offset(int64_t row) const {
+    if (outer == 1) return row * x_channel_stride;
+    if (channels == 1) return row * x_outer_stride;
+    return row / channels * x_outer_stride + row % channels * x_channel_stride;
+  }
+};
+
+struct Plan {
+  Path path = Path::kGeneric;
+  Shape shape;
+  bool vectorized = false;  ///< 16-byte accesses, else element by element
+  bool overlaps = false;    ///< the device can launch `finish` while the pass before it runs
+  int64_t blocks = 0;
+
+  int lanes = kWarp;           ///< warp_rows: lanes that share a row, a power of two
+  int64_t rows_per_warp = 1;   ///< warp_rows: at most kWarp
+  int64_t pieces = 1;          ///< spans: blocks per row; generic: per range; columns: row chunks
+  int64_t rows_per_piece = 1;  ///< columns
+  int64_t tiles = 1;           ///< columns: tiles across
+};
+
+/// Columns that a thread owns: 16 bytes of them, but no more than its registers hold grids of.
+constexpr int column_width(int element_size) { return element_size >= 4 ? 16 / element_size : 4; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Reads the loops as [outer, channels, inner] with contiguous inner elements, if they are that.
+inline bool match_shape(const detail::Layout& layout, Shape& result) {
+  Shape shape;
+  int i = layout.ndim - 1;
+  if (i >= 0 && layout.dims[i].x_stride != 1) return false;
+  if (i >= 0 && layout.dims[i].range_stride == 0) shape.inner = layout.dims[i--].size;
+  if (i >= 0 && layout.dims[i].range_stride == 1) {
+    shape.channels = layout.dims[i].size;
+    shape.x_channel_stride = layout.dims[i--].x_stride;
+  }
+  if (i >= 0 && layout.dims[i].range_stride == 0) {
+    shape.outer = layout.dims[i].size;
+    shape.x_outer_stride = layout.dims[i--].x_stride;
+  }
+  if (i >= 0) return false;
+  result = shape;
+  return true;
+}
+
+/// Lanes that share a row: as many as its vectors can busy, or fewer where then all loads come in
+/// full groups of kUnroll and there are rows enough for all lanes.
+inline int row_lanes(int64_t vectors, bool many_rows) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < vectors) lanes *= 2;
+  for (int fewer = lanes; many_rows && fewer >= 4; fewer /= 2) {
+    if (vectors % (fewer * kUnroll) == 0 && vectors <= fewer * kVectorsPerSum) return fewer;
+  }
+  return lanes;
+}
+
+/// `aligned`: all pointers are multiples of 16 bytes.
+/// `sums`: the kernel sums per range, and is better off with few long pieces.
+inline Plan make_plan(const detail::Layout& layout, int element_size, bool aligned, bool sums,
+                      int multiprocessors) {
+  Plan plan;
+  if (layout.numel == 0) return plan;
+  Shape& shape = plan.shape;
+  const int64_t width = 16 / element_size;
+  if (!match_shape(layout, shape)) {
+    plan.pieces = std::clamp<int64_t>(multiprocessors * 8 / layout.ranges, 1,
+                                      ceil_div(layout.numel / layout.ranges, kGenericThreads));
+    return plan;
+  }
+  const bool rows_aligned =
+      aligned && shape.x_outer_stride % width == 0 && shape.x_channel_stride % width == 0;
+  const bool dense_columns = shape.inner == 1 || shape.x_channel_stride == shape.inner;
+  // Short rows of a shared range are better read across than one by one.
+  if (dense_columns && shape.columns() > 1 &&
+      (shape.inner == 1 || (shape.outer >= 8 && shape.inner < 128))) {
+    plan.path = Path::kColumns;
+    plan.vectorized = aligned && shape.x_outer_stride % width == 0 && shape.columns() % width == 0;
+    const int64_t tile = kWarp * (plan.vectorized ? column_width(element_size) : 1);
+    plan.tiles = ceil_div(shape.columns(), tile);
+    // Forward, enough rows to be worth their grids; backward, two rounds of resident blocks.
+    const int64_t groups = sums ? ceil_div(shape.outer * plan.tiles,
+                                           multiprocessors * kColumnBlocks * 2 * kColumnGroups)
+                                : 4 * kUnroll;
+    plan.rows_per_piece = std::clamp<int64_t>(groups, 1, kVectorsPerSum) * kColumnGroups;
+    plan.pieces = ceil_div(shape.outer, plan.rows_per_piece);
+    plan.blocks = plan.tiles * plan.pieces;
+    return plan;
+  }
+  const int64_t rows = shape.rows();
+  plan.vectorized = rows_aligned && (rows == 1 || shape.inner % width == 0);
+  const int64_t vectors = plan.vectorized ? shape.inner / width : shape.inner;
+  if (vectors <= kWarp * kVectorsPerSum && rows >= multiprocessors) {
+    plan.path = Path::kWarpRows;
+    plan.lanes = row_lanes(vectors, rows > multiprocessors * kWarp);
+    plan.rows_per_warp = kWarp / plan.lanes;
+    // Backward, enough work to be worth the gradients of the rows, which lanes compute side by
+    // side.
+    while (sums && plan.rows_per_warp < kWarp &&
+           plan.rows_per_warp * vectors < kWarp * 3 * kUnroll &&
+           rows / plan.rows_per_warp > multiprocessors * 32) {
+      plan.rows_per_warp *= 2;
+    }
+    const int64_t warps = ceil_div(rows, plan.rows_per_warp);
+    plan.blocks = ceil_div(warps, kRowThreads / kWarp);
+    return plan;
+  }
+  plan.path = Path::kSpans;
+  const int64_t windows =
+      std::max<int64_t>(ceil_div(vectors, kSpanThreads * (sums ? kSpanUnroll : kUnroll)), 1);
+  // Backward, one round of resident blocks, two where each still has plenty to do.
+  const int64_t resident = multiprocessors * kSpanBlocks;
+  const int64_t wanted = windows * rows > 16 * resident ? 2 * resident : resident;
+  plan.pieces =
+      sums ? ceil_div(windows, std::min(ceil_div(windows * rows, wanted), windows)) : windows;
+  plan.blocks = rows * plan.pieces;
+  return plan;
+}
+
+/// Where the partial sums of the backward pass lie: sum s of range c, partial (o, i), is at
+/// o·outer_stride + c·range_stride + i·inner_stride + s·sum_stride.
+struct PartialSums {
+  int64_t outer = 1, inner = 1;
+  int64_t outer_stride = 0, range_stride = 3, inner_stride = 3, sum_stride = 1;
+
+  ASYMQ_HOST_DEVICE int64_t count() const { return outer * inner; }
+};
+
+inline PartialSums partial_sums(const Plan& plan) {
+  const Shape& shape = plan.shape;
+  const int64_t columns = shape.columns();
+  switch (plan.path) {
+    case Path::kColumns:
+      return {plan.pieces, shape.inner, 3 * columns, shape.inner, 1, columns};
+    default:
+      return {shape.outer, plan.pieces, 3 * shape.channels * plan.pieces, 3 * plan.pieces, 3, 1};
+  }
+}
+
+}  // namespace asymq::cuda

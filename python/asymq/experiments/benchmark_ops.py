@@ -1,0 +1,419 @@
+"""The cost of one fake-quantize with learned ranges, in multiples of copying the tensor once.
+
+On a GPU, tensors of 100,000 elements and more are timed inside CUDA graphs where the method can be
+captured, so that launches cost nothing: up to 32 MiB repeatedly on one buffer (warm L2), above
+that over rotating buffers that together exceed the L2 cache many times. Smaller tensors are timed
+as users run them, from eager Python. Every figure is a median over a fixed span of time.
+"""
+
+import csv
+import datetime
+import gc
+import math
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import asymq
+from asymq import reference
+
+BITS = 8
+GROUP = 128
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRANULARITIES = ("tensor", "axis0", "last_axis", "groups")
+# frozen_x: x needs no gradient, dx is neither computed nor written.
+MEASURES = ("forward", "backward", "both", "backward_frozen_x", "both_frozen_x")
+
+GRAPH_LEAST = 100_000  # elements
+WARM_MOST = 32 << 20  # bytes
+ROTATION = 512 << 20  # bytes; about ten times an H200's L2
+
+
+@dataclass(frozen=True)
+class Cell:
+    granularity: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def elements(self):
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self):
+        return self.elements * self.dtype.itemsize
+
+    @property
+    def range_shape(self):
+        rows, columns = self.shape if len(self.shape) == 2 else (1, 1)
+        return {
+            "tensor": (1,),
+            "axis0": (rows, 1),
+            "last_axis": (1, columns),
+            "groups": (rows, columns // GROUP),
+        }[self.granularity]
+
+
+@dataclass
+class Row:
+    device: str
+    dtype: str
+    granularity: str
+    shape: str
+    method: str
+    measure: str
+    mode: str  # eager, or in a CUDA graph with a warm or cold L2 cache
+    milliseconds: float
+    copies: float  # time in multiples of one copy
+
+
+# ---- methods ----------------------------------------------------------------------------------
+
+
+def round_straight_through(x):
+    return x + (x.round() - x).detach()
+
+
+def straight_through(x, low, high, *, bits):
+    """The usual composition under autograd, as quantization-aware training code writes it."""
+    shape, dtype, k = x.shape, x.dtype, 2**bits - 1
+    if low.dim() > 1 and low.shape[-1] not in (1, x.shape[-1]):
+        x = x.unflatten(-1, (low.shape[-1], -1))
+        low, high = low.unsqueeze(-1), high.unsqueeze(-1)
+    scale = (high - low) / k
+    origin = round_straight_through(low / scale)
+    codes = torch.clamp(round_straight_through(x / scale) - origin, 0, k)
+    return ((codes + origin) * scale).to(dtype).reshape(shape)
+
+
+def torch_core(cell):
+    """torch's own learnable operator. It takes a scale and a zero point and knows no groups."""
+    if cell.granularity == "groups":
+        raise RuntimeError("has no groups")
+    k = 2**BITS - 1
+
+    def per_tensor(x, scale, zero_point):
+        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, 0, k, 1.0)
+
+    def per_channel(x, scale, zero_point):
+        axis = 0 if cell.granularity == "axis0" else 1
+        return torch._fake_quantize_learnable_per_channel_affine(
+            x, scale, zero_point, axis, 0, k, 1.0
+        )
+
+    return per_tensor if cell.granularity == "tensor" else per_channel
+
+
+def compiled(cell):
+    torch.compiler.reset()
+    return torch.compile(lambda x, *ranges: reference.fake_quantize_min_max(x, *ranges, bits=BITS))
+
+
+def on_ranges(function):
+    return lambda cell: lambda x, *ranges: function(x, *ranges, bits=BITS)
+
+
+METHODS = {
+    "copy": lambda cell: None,
+    "asymq": on_ranges(asymq.fake_quantize_min_max),
+    "straight_through": on_ranges(straight_through),
+    "reference": on_ranges(reference.fake_quantize_min_max),
+    "compiled": compiled,
+    "torch_core": torch_core,
+}
+# Reads its scale and zero point on the host, which no graph can hold.
+NOT_CAPTURABLE = {"torch_core"}
+
+
+def learned_tensors(method, cell):
+    low = torch.full(cell.range_shape, -3.0, device=cell.device)
+    high = torch.full(cell.range_shape, 4.0, device=cell.device)
+    if method == "torch_core":
+        scale = ((high - low) / (2**BITS - 1)).flatten()
+        low, high = scale, (-low.flatten() / scale).round()
+    return [low.requires_grad_(), high.requires_grad_()]
+
+
+def calls(method, cell, xs, gs):
+    """For each measure a function that returns one callable per buffer; what a backward needs is
+    computed when the function is called, outside of the timing."""
+    if method == "copy":
+        return {"both": lambda: [x.detach().clone for x in xs]}
+    function = METHODS[method](cell)
+    learned = learned_tensors(method, cell)
+    grad = torch.autograd.grad
+
+    def forward(x, g, inputs):
+        return lambda: function(x, *learned)
+
+    def backward(x, g, inputs):
+        y = function(x, *learned)
+        return lambda: grad(y, inputs, g, retain_graph=True)
+
+    def both(x, g, inputs):
+        return lambda: grad(function(x, *learned), inputs, g)
+
+    def learn_all(make):
+        return lambda: [make(x, g, (x, *learned)) for x, g in zip(xs, gs, strict=True)]
+
+    def freeze_x(make):
+        return lambda: [make(x.detach(), g, learned) for x, g in zip(xs, gs, strict=True)]
+
+    measures = [learn_all(make) for make in (forward, backward, both)]
+    if method == "asymq":
+        measures += [freeze_x(make) for make in (backward, both)]
+    return dict(zip(MEASURES, measures, strict=False))
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+def median_seconds(sample, span):
+    """The median of sample() over `span` seconds: at least 5 calls, fewer if they are very slow."""
+    samples, start, elapsed = [], time.perf_counter(), 0.0
+    while elapsed < span or (len(samples) < 5 and elapsed < 10 * span):
+        samples.append(sample())
+        elapsed = time.perf_counter() - start
+    return statistics.median(samples)
+
+
+def seconds_of(body):
+    """Seconds of body() on the GPU, between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    body()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def time_graph(functions, repeats, span):
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # Several buffers: the results stay alive, so that they rotate too.
+        kept = [function() for function in functions]
+        for _ in range(repeats - 1):
+            kept = [function() for function in functions]
+    del kept
+    graph.replay()
+    return median_seconds(lambda: seconds_of(graph.replay), span) / (repeats * len(functions))
+
+
+def time_eager(functions, repeats, span, cuda):
+    def body():
+        for _ in range(repeats):
+            for function in functions:
+                function()
+
+    def wall_clock():
+        start = time.perf_counter()
+        body()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return median_seconds(wall_clock, span) / (repeats * len(functions))
+
+
+def measure(method, cell, span):
+    """Yields (measure, mode, seconds) of one method on one cell."""
+    cuda = cell.device == "cuda"
+    large = cell.elements >= GRAPH_LEAST
+    warm = cell.bytes <= WARM_MOST
+    buffers = 1 if warm or not cuda else max(2, math.ceil(ROTATION / cell.bytes))
+    xs = [torch.randn(cell.shape, device=cell.device).to(cell.dtype) for _ in range(buffers)]
+    gs = [torch.randn(cell.shape, device=cell.device).to(cell.dtype) for _ in range(buffers)]
+    for x in xs:
+        x.requires_grad_()
+    graph = cuda and large and method not in NOT_CAPTURABLE
+    repeats = (20 if warm else 1) if cuda and large else 1 if large else 100
+    for name, prepare in calls(method, cell, xs, gs).items():
+        functions = prepare()
+        for _ in range(3 if cuda or not large else 1):
+            functions[0]()
+        if cuda:
+            torch.cuda.synchronize()
+        if graph:
+            yield name, f"graph, {'warm' if warm else 'cold'}", time_graph(functions, repeats, span)
+        else:
+            yield name, "eager", time_eager(functions, repeats, span, cuda)
+        del functions
+    del xs, gs
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+
+def cells(device, quick, dtypes, granularities):
+    small = (4096,), (64, 64)
+    weights = [(768, 768), (3072, 768), (768, 3072), (50257, 768)]
+    if device == "cpu":
+        large = (2048, 3072) if quick else (8192, 3072)
+        shapes = {
+            "tensor": [small[0], large],
+            "axis0": [small[1], large] if quick else [small[1], *weights, large],
+            "last_axis": [large],
+            "groups": [large],
+        }
+    elif quick:
+        shapes = {
+            "tensor": [small[0], (6 << 20,), (48 << 20,)],
+            "axis0": [small[1], (3072, 768), (16384, 3072)],
+            "last_axis": [(16384, 3072)],
+            "groups": [(16384, 3072)],
+        }
+    else:
+        sizes = [
+            small[0],
+            (1 << 20,),
+            (3 << 20,),
+            (6 << 20,),
+            (24 << 20,),
+            (48 << 20,),
+            (96 << 20,),
+        ]
+        shapes = {
+            "tensor": [*sizes, (400_000_000,)],
+            "axis0": [small[1], *weights, (8192, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
+            "last_axis": [(3072, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
+            "groups": [(3072, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
+        }
+    for granularity in granularities:
+        for shape in shapes[granularity]:
+            for dtype in dtypes:
+                yield Cell(granularity, shape, DTYPES[dtype], device)
+
+
+# Compiling takes longer than measuring: a few shapes are enough.
+COMPILED = {
+    "cuda": {(48 << 20,), (3072, 768), (16384, 3072)},
+    "cpu": {(8192, 3072)},
+}
+
+
+def machine(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def header(args):
+    versions = (
+        f"asymq {asymq.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    if args.device == "cuda":
+        versions += f", CUDA {torch.version.cuda}"
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return [machine(args.device), versions, f"{date}, {BITS} bits, min_max"]
+
+
+def markdown(rows, skipped, head):
+    """One line per cell and method: the time of forward + backward and every measure in copies."""
+    lines = ["# Cost of one fake-quantize", "", *(f"- {line}" for line in head), ""]
+    lines += [
+        "Columns after the time are multiples of copying the tensor once; `frozen x`: without dx.",
+        "",
+    ]
+    titles = ("forward", "backward", "both", "backward, frozen x", "both, frozen x")
+    lines.append(
+        "| dtype | granularity | shape | method | mode | both, ms | " + " | ".join(titles) + " |"
+    )
+    lines.append("|" + "---|" * (6 + len(titles)))
+    groups = {}
+    for row in rows:
+        key = (row.dtype, row.granularity, row.shape, row.method)
+        groups.setdefault(key, {})[row.measure] = row
+    for key, found in groups.items():
+        both = found.get("both")
+        values = [f"{found[m].copies:.2f}" if m in found else "" for m in MEASURES]
+        time_of_both = f"{both.milliseconds:.4g}" if both else ""
+        mode = next(iter(found.values())).mode
+        lines.append("| " + " | ".join([*key, mode, time_of_both, *values]) + " |")
+    if skipped:
+        lines += ["", "Not measured:", "", *(f"- {text}" for text in skipped)]
+    return "\n".join(lines) + "\n"
+
+
+def run(args):
+    torch.set_num_threads(args.threads)
+    span = 0.03 if args.quick else 0.1
+    head, rows, skipped = header(args), [], {}
+    print("\n".join(head))
+    if args.device == "cuda":
+        # Autograd runs a backward on the stream of its forward; a capture needs both on its own.
+        torch.cuda.set_stream(torch.cuda.Stream())
+    start = time.perf_counter()
+    for cell in cells(args.device, args.quick, args.dtype, args.granularity):
+        run_cell(cell, args.only, span, rows, skipped)
+    print(f"{time.perf_counter() - start:.0f} s")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"ops_{args.device}"
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in head)
+        writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    reasons = [
+        f"{method}: {reason}: {', '.join(where)}" for (method, reason), where in skipped.items()
+    ]
+    path.with_suffix(".md").write_text(markdown(rows, reasons, head))
+    print(f"wrote {path}.csv and {path}.md")
+
+
+def run_cell(cell, methods, span, rows, skipped):
+    dtype = str(cell.dtype).removeprefix("torch.")
+    shape = "x".join(map(str, cell.shape))
+    copy = math.nan
+    for method in methods:
+        if method == "compiled" and (
+            cell.shape not in COMPILED[cell.device] or cell.dtype == torch.float16
+        ):
+            continue
+        try:
+            for name, mode, seconds in measure(method, cell, span):
+                if method == "copy":
+                    copy = seconds
+                row = Row(
+                    cell.device,
+                    dtype,
+                    cell.granularity,
+                    shape,
+                    method,
+                    name,
+                    mode,
+                    round(seconds * 1e3, 6),
+                    round(seconds / copy, 3),
+                )
+                rows.append(row)
+                print(
+                    f"{dtype:8} {cell.granularity:9} {shape:>11} {method:16} {name:17} {mode:11} "
+                    f"{row.milliseconds:10.4f} ms {row.copies:8.2f} copies",
+                    flush=True,
+                )
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+            skipped.setdefault((method, reason), []).append(f"{dtype} {cell.granularity} {shape}")
+            print(
+                f"{dtype:8} {cell.granularity:9} {shape:>11} {method:16} skipped: {reason}",
+                file=sys.stderr,
+            )
+        gc.collect()
+        if cell.device == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,472 @@
+"""The quantizer in plain PyTorch: the executable specification of the operators.
+
+Same names, signatures and results as the operators, on any device, readable top to bottom. It is
+the oracle of the tests, the baseline of the benchmarks and the definition to look things up in.
+"Paper" is "How to Parameterize Asymmetric Quantization Ranges for Quantization-Aware Training".
+
+With b bits and k = 2^b - 1, a grid has the scale s and the real-valued offset z, and
+
+    r = rint(x / s)    n = rint(z)    p = n + k    x̂ = s * clip(r, n, p)           (paper, eq. 1)
+
+A symmetric grid has no offset, n = -(k - 1)/2 and p = (k - 1)/2. The paper's offset is the
+negative of torch's zero point: zero_point = -rint(z) with quant_min = 0 and quant_max = k.
+
+The gradient is the straight-through one, d rint(u)/du = 1. With the regions below (r < n), inside
+(n <= r <= p) and above (r > p), dL/dx is the upstream gradient g inside and 0 elsewhere, and every
+range parameter's gradient is a linear map of three sums over the elements that share the range:
+
+    G_in = Σ_inside g * (r - x/s)      G_lo = Σ_below g      G_up = Σ_above g
+
+A parameterization is therefore two functions, parameters -> (s, z) and sums -> gradients: one class
+below and one entry of PARAMETERIZATIONS. The paper's Table 1 mixes three conventions; the rows here
+are the derivatives of its eq. 1.
+
+Granularity is the shape of the range tensors: one element, or as many dimensions as x, each of size
+1, x's size there, or a divisor of it (blocks). Elements compute in float32, float64 for float64 x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Grid(NamedTuple):
+    """The effective grid of a call, in the shape and dtype of its range tensors."""
+
+    scale: Tensor
+    offset: Tensor | None  # None: symmetric
+
+
+class Sums(NamedTuple):
+    """G_in, G_lo and G_up in float64, in the shape of the range tensors."""
+
+    inside: Tensor
+    below: Tensor
+    above: Tensor
+
+
+# ---- parameters -> grid, sums -> gradients -----------------------------------------------------
+
+
+def _divide(a: Tensor, b: float) -> Tensor:
+    """a / b correctly rounded: CUDA replaces division by a Python scalar with a reciprocal."""
+    return a / torch.full_like(a, b)
+
+
+def _guard(raw: Tensor, eps: float) -> Tensor:
+    """max(raw, eps) that keeps NaN; the gradient passes straight through it, so that a collapsed or
+    reversed range stays finite and can recover."""
+    least = torch.full_like(raw, eps)
+    return torch.where(raw < least, least, raw)
+
+
+def _asymmetric(scale: Tensor, offset: Tensor) -> Grid:
+    """A NaN offset must show in every x̂; no comparison with n would notice it."""
+    return Grid(torch.where(offset.isnan(), offset, scale), offset)
+
+
+def _d_scale(sums: Sums, grid: Grid, k: int) -> Tensor:
+    """dL/ds at fixed z: G_in + n G_lo + p G_up (Table 1, first row; Table 3)."""
+    n, p = _bounds(grid, k, torch.float64)
+    return sums.inside + n * sums.below + p * sums.above
+
+
+def _d_offset(sums: Sums, grid: Grid) -> Tensor:
+    """dL/dz at fixed s: s (G_lo + G_up) (Table 1, second row, which lacks the factor s)."""
+    return grid.scale.double() * (sums.below + sums.above)
+
+
+def _d_ends(sums: Sums, grid: Grid, k: int) -> tuple[Tensor, Tensor]:
+    """dL/dθmin and dL/dθmax with ζ = rint(z) - z (Table 1, third and fourth row).
+
+    Composing dL/ds and dL/dz instead is the same on paper only: for a collapsed or reversed range
+    the terms cancel and what is left is rounding error.
+    """
+    offset = grid.offset.double()
+    share = (offset.round() - offset) / k
+    rounding = sums.inside / k
+    return (
+        -rounding + (1 - share) * sums.below - share * sums.above,
+        rounding + share * sums.below + (1 + share) * sums.above,
+    )
+
+
+class ScaleOffset:
+    """Learns s and z themselves (LSQ+)."""
+
+    @staticmethod
+    def grid(k: int, eps: float, scale: Tensor, offset: Tensor) -> Grid:
+        return _asymmetric(_guard(scale, eps), offset)
+
+    @staticmethod
+    def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
+        return _d_scale(sums, grid, k), _d_offset(sums, grid)
+
+
+class MinMax:
+    """Learns the ends: s = (θmax - θmin)/k, z = θmin/s (eq. 1)."""
+
+    @staticmethod
+    def grid(k: int, eps: float, low: Tensor, high: Tensor) -> Grid:
+        scale = _guard(_divide(high - low, k), eps)
+        return _asymmetric(scale, low / scale)
+
+    @staticmethod
+    def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
+        return _d_ends(sums, grid, k)
+
+
+class BetaGamma:
+    """Learns factors of the constant ends: s = (γ θmax - β θmin)/k, z = β θmin/s (eq. 3)."""
+
+    @staticmethod
+    def factor(learned: Tensor) -> Tensor:
+        return learned
+
+    @staticmethod
+    def d_factor(learned: Tensor) -> Tensor | float:
+        return 1.0
+
+    @classmethod
+    def grid(cls, k: int, eps: float, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor):
+        return MinMax.grid(k, eps, cls.factor(beta) * low, cls.factor(gamma) * high)
+
+    @classmethod
+    def gradients(cls, sums: Sums, grid: Grid, k: int, beta, gamma, low, high):
+        """Table 1, last two rows: the rows of the ends times θmin and θmax."""
+        d_low, d_high = _d_ends(sums, grid, k)
+        return (
+            d_low * low.double() * cls.d_factor(beta),
+            d_high * high.double() * cls.d_factor(gamma),
+        )
+
+
+class _Sigmoid:
+    """The factors are σ(β) and σ(γ) (eq. 3), as in OmniQuant."""
+
+    @staticmethod
+    def factor(learned: Tensor) -> Tensor:
+        """σ in float64, rounded once: float32 sigmoids differ between libraries."""
+        return learned.double().sigmoid().to(learned.dtype)
+
+    @staticmethod
+    def d_factor(learned: Tensor) -> Tensor:
+        """σ(1 - σ), not from the rounded σ, with which it vanishes beyond 17.4."""
+        learned = learned.double()
+        return learned.sigmoid() * (-learned).sigmoid()
+
+
+class BetaGammaSigmoid(_Sigmoid, BetaGamma):
+    pass
+
+
+class KScaleKOffset:
+    """Learns s' and z' with s = s'/k and z = k z' (eq. 9)."""
+
+    @staticmethod
+    def grid(k: int, eps: float, kscale: Tensor, koffset: Tensor) -> Grid:
+        return _asymmetric(_guard(_divide(kscale, k), eps), koffset * k)
+
+    @staticmethod
+    def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
+        return _d_scale(sums, grid, k) / k, _d_offset(sums, grid) * k
+
+
+class SymmetricScale:
+    """Learns s (Table 3)."""
+
+    @staticmethod
+    def grid(k: int, eps: float, scale: Tensor) -> Grid:
+        return Grid(_guard(scale, eps), None)
+
+    @staticmethod
+    def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
+        return (_d_scale(sums, grid, k),)
+
+
+class SymmetricMax:
+    """Learns the upper end: s = 2 θmax/k (eq. 10 prints b; Table 3 shows that k is meant)."""
+
+    @staticmethod
+    def grid(k: int, eps: float, high: Tensor) -> Grid:
+        return Grid(_guard(_divide(2 * high, k), eps), None)
+
+    @staticmethod
+    def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
+        return (_d_scale(sums, grid, k) * (2 / k),)
+
+
+class SymmetricGamma(BetaGamma):
+    """Learns a factor of the constant upper end: s = 2 γ θmax/k (Table 3)."""
+
+    @classmethod
+    def grid(cls, k: int, eps: float, gamma: Tensor, high: Tensor) -> Grid:
+        return SymmetricMax.grid(k, eps, cls.factor(gamma) * high)
+
+    @classmethod
+    def gradients(cls, sums: Sums, grid: Grid, k: int, gamma: Tensor, high: Tensor):
+        (d_high,) = SymmetricMax.gradients(sums, grid, k)
+        return (d_high * high.double() * cls.d_factor(gamma),)
+
+
+class SymmetricGammaSigmoid(_Sigmoid, SymmetricGamma):
+    pass
+
+
+PARAMETERIZATIONS = {
+    "scale_offset": ScaleOffset,
+    "min_max": MinMax,
+    "beta_gamma": BetaGamma,
+    "beta_gamma_sigmoid": BetaGammaSigmoid,
+    "kscale_koffset": KScaleKOffset,
+    "symmetric_scale": SymmetricScale,
+    "symmetric_max": SymmetricMax,
+    "symmetric_gamma": SymmetricGamma,
+    "symmetric_gamma_sigmoid": SymmetricGammaSigmoid,
+}
+
+_SYMMETRIC = {
+    "scale_offset": "symmetric_scale",
+    "min_max": "symmetric_max",
+    "beta_gamma": "symmetric_gamma",
+}
+
+
+# ---- elements ----------------------------------------------------------------------------------
+
+
+class _Blocks:
+    """Views that let ranges of a granularity broadcast over x.
+
+    An axis of x that holds several blocks is split in two, (blocks, block length); splitting never
+    copies. `reduced` are the axes of that view along which one range is shared.
+    """
+
+    def __init__(self, shape: torch.Size, ranges: torch.Size):
+        sizes = [1] * len(shape) if ranges.numel() == 1 else list(ranges)
+        if len(sizes) != len(shape) or any(
+            b == 0 or n % b for n, b in zip(shape, sizes, strict=True) if b != n
+        ):
+            raise RuntimeError(
+                f"asymq.reference: ranges of shape {list(ranges)} do not divide x's shape "
+                f"{list(shape)}"
+            )
+        self.shape, self.range_shape = shape, ranges
+        self.view, self.range_view, self.reduced = [], [], []
+        for size, blocks in zip(shape, sizes, strict=True):
+            if blocks not in (1, size):
+                self.view.append(blocks)
+                self.range_view.append(blocks)
+                size, blocks = size // blocks, 1
+            if blocks != size:
+                self.reduced.append(len(self.view))
+            self.view.append(size)
+            self.range_view.append(blocks)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.reshape(self.view)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape)
+
+    def spread(self, ranges: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+        return ranges.reshape(self.range_view).to(dtype) if torch.is_tensor(ranges) else ranges
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums per range in float64."""
+        if self.reduced:
+            x = x.sum(self.reduced, dtype=torch.float64)
+        return x.double().reshape(self.range_shape)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bounds(grid: Grid, k: int, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+    """n and p: rint(z) rounds in the parameters' dtype, n + k is computed in `dtype`."""
+    if grid.offset is None:
+        return -(k - 1) / 2, (k - 1) / 2
+    # Adding 0 turns -0 into 0: n + 0 and n + k are the values of the codes 0 and k.
+    n = grid.offset.round().to(dtype) + 0.0
+    return n, n + k
+
+
+def _elements(x: Tensor, grid: Grid, k: int):
+    """Blocks, u = x/s, r = rint(u) half to even, and s, n, p to broadcast against them."""
+    dtype = _compute_dtype(x.dtype)
+    blocks = _Blocks(x.shape, grid.scale.shape)
+    scale = blocks.spread(grid.scale, dtype)
+    n, p = (blocks.spread(bound, dtype) for bound in _bounds(grid, k, dtype))
+    u = blocks.split(x).to(dtype) / scale
+    return blocks, u, u.round(), scale, n, p
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, name, k, eps, *parameters):
+        ctx.save_for_backward(x, *parameters)
+        ctx.name, ctx.k, ctx.eps = name, k, eps
+        grid = PARAMETERIZATIONS[name].grid(k, eps, *parameters)
+        blocks, _, r, scale, n, p = _elements(x, grid, k)
+        # Compare and select: NaN counts as inside, and clamp's own gradient plays no part.
+        r = torch.where(r < n, n, torch.where(r > p, p, r))
+        return blocks.join((scale * r).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        need_x, _, _, _, *need_parameters = ctx.needs_input_grad
+        parameterization = PARAMETERIZATIONS[ctx.name]
+        grid = parameterization.grid(ctx.k, ctx.eps, *parameters)
+        blocks, u, r, _, n, p = _elements(x, grid, ctx.k)
+        below, above = r < n, r > p
+        outside = below | above
+        grad = blocks.split(grad)
+        grad_x = blocks.join(torch.where(outside, 0, grad)) if need_x else None
+
+        gradients = [None] * len(parameters)
+        if any(need_parameters):
+            g = grad.to(u.dtype)
+            # Selected, not multiplied by a mask: g outside may be inf or NaN.
+            sums = Sums(
+                blocks.sum(torch.where(outside, 0, g * (r - u))),
+                blocks.sum(torch.where(below, g, 0)),
+                blocks.sum(torch.where(above, g, 0)),
+            )
+            rows = parameterization.gradients(sums, grid, ctx.k, *parameters)
+            for i, (row, parameter) in enumerate(zip(rows, parameters, strict=False)):
+                if need_parameters[i]:
+                    gradients[i] = row.to(parameter.dtype)
+        return grad_x, None, None, None, *gradients
+
+
+def _fake_quantize(name: str, x: Tensor, bits: int, eps: float, *parameters: Tensor) -> Tensor:
+    return _FakeQuantize.apply(x, name, 2**bits - 1, eps, *parameters)
+
+
+def _constant(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise RuntimeError(
+                f"asymq.reference: {name} must not require grad: it is a constant of this "
+                "parameterization"
+            )
+
+
+# ---- public functions --------------------------------------------------------------------------
+#
+# x: any shape, float32, float64, bfloat16 or float16. Ranges: float32 (or float64 with float64 x),
+# all of one shape that fixes the granularity. Results have x's shape and dtype, the gradients of
+# ranges their own. bits: 2 to 16. eps > 0: the least effective scale. RuntimeError: ranges whose
+# shape does not fit x's, constants that require grad.
+
+
+def fake_quantize_scale_offset(x, scale, offset, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Learns scale and offset: see ScaleOffset."""
+    return _fake_quantize("scale_offset", x, bits, eps, scale, offset)
+
+
+def fake_quantize_min_max(x, min, max, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Learns both ends of the range: see MinMax."""
+    return _fake_quantize("min_max", x, bits, eps, min, max)
+
+
+def fake_quantize_beta_gamma(
+    x, beta, gamma, min, max, *, bits: int, sigmoid: bool = False, eps: float = 1e-8
+) -> Tensor:
+    """Learns factors of the constant ends min and max: see BetaGamma and BetaGammaSigmoid."""
+    _constant(min=min, max=max)
+    name = "beta_gamma_sigmoid" if sigmoid else "beta_gamma"
+    return _fake_quantize(name, x, bits, eps, beta, gamma, min, max)
+
+
+def fake_quantize_kscale_koffset(x, kscale, koffset, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Learns scale and offset multiplied and divided by k: see KScaleKOffset."""
+    return _fake_quantize("kscale_koffset", x, bits, eps, kscale, koffset)
+
+
+def fake_quantize_symmetric_scale(x, scale, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Learns the scale of a symmetric grid: see SymmetricScale."""
+    return _fake_quantize("symmetric_scale", x, bits, eps, scale)
+
+
+def fake_quantize_symmetric_max(x, max, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Learns the upper end of a symmetric grid: see SymmetricMax."""
+    return _fake_quantize("symmetric_max", x, bits, eps, max)
+
+
+def fake_quantize_symmetric_gamma(
+    x, gamma, max, *, bits: int, sigmoid: bool = False, eps: float = 1e-8
+) -> Tensor:
+    """Learns a factor of the constant upper end max of a symmetric grid: see SymmetricGamma."""
+    _constant(max=max)
+    name = "symmetric_gamma_sigmoid" if sigmoid else "symmetric_gamma"
+    return _fake_quantize(name, x, bits, eps, gamma, max)
+
+
+def _grid(scale: Tensor, offset: Tensor | None, k: int, eps: float) -> Grid:
+    if offset is None:
+        return SymmetricScale.grid(k, eps, scale)
+    return ScaleOffset.grid(k, eps, scale, offset)
+
+
+def _code_dtype(bits: int, symmetric: bool) -> torch.dtype:
+    if symmetric:
+        return torch.int8 if bits <= 8 else torch.int16
+    return torch.uint8 if bits <= 8 else torch.int32
+
+
+@torch.no_grad()
+def quantize(x, scale, offset=None, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """Integer codes of x: clip(r - n, 0, k) (paper, eq. 1), uint8 up to 8 bits, else int32.
+
+    Without offset clip(r, n, p), int8 up to 8 bits, else int16. NaN gives code 0.
+    """
+    k = 2**bits - 1
+    blocks, _, r, _, n, p = _elements(x, _grid(scale, offset, k, eps), k)
+    low, high = (n, p) if offset is None else (0.0, float(k))
+    codes = r if offset is None else r - n
+    codes = torch.where(codes < low, low, torch.where(codes > high, high, codes))
+    codes = torch.where(codes.isnan(), 0.0, codes)
+    return blocks.join(codes).to(_code_dtype(bits, offset is None))
+
+
+@torch.no_grad()
+def dequantize(codes, scale, offset=None, *, bits: int, eps: float = 1e-8) -> Tensor:
+    """s * (codes + rint(z)) (paper, eq. 1), s * codes without offset, in scale's dtype."""
+    grid = _grid(scale, offset, 2**bits - 1, eps)
+    blocks = _Blocks(codes.shape, scale.shape)
+    levels = blocks.split(codes).to(scale.dtype)
+    if offset is not None:
+        levels = levels + blocks.spread(offset.round(), scale.dtype)
+    return blocks.join(blocks.spread(grid.scale, scale.dtype) * levels)
+
+
+@torch.no_grad()
+def effective_scale_offset(
+    parameterization: str,
+    *parameters: Tensor,
+    bits: int,
+    symmetric: bool = False,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor | None]:
+    """The guarded scale and the offset (None if symmetric) of any parameterization.
+
+    parameterization: "scale_offset", "min_max", "beta_gamma" or "kscale_koffset"; parameters: those
+    of its fake_quantize function, in that order. ValueError: no such combination.
+    """
+    name = _SYMMETRIC.get(parameterization) if symmetric else parameterization
+    name = f"{name}_sigmoid" if sigmoid else name
+    if name not in PARAMETERIZATIONS:
+        raise ValueError(
+            f"asymq.reference: no parameterization {parameterization!r} with "
+            f"symmetric={symmetric} and sigmoid={sigmoid}"
+        )
+    return tuple(PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *parameters))

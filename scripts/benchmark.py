@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Measures asymq: `benchmark.py ops --help` lists what can be chosen."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from asymq.experiments import benchmark_ops
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def names(choices):
+    """An argparse type: a comma-separated selection of choices."""
+
+    def parse(text):
+        unknown = set(text.split(",")) - set(choices)
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"no {', '.join(sorted(unknown))}: choose from {', '.join(choices)}"
+            )
+        return [name for name in choices if name in text.split(",")]
+
+    return parse
+
+
+def main():
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    ops = commands.add_parser(
+        "ops", help="one fake-quantize, forward and backward, against baselines"
+    )
+    ops.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    ops.add_argument(
+        "--only",
+        type=names(benchmark_ops.METHODS),
+        metavar="METHOD,...",
+        default=list(benchmark_ops.METHODS),
+        help=", ".join(benchmark_ops.METHODS),
+    )
+    ops.add_argument(
+        "--dtype",
+        type=names(benchmark_ops.DTYPES),
+        metavar="DTYPE,...",
+        default=list(benchmark_ops.DTYPES),
+        help=", ".join(benchmark_ops.DTYPES),
+    )
+    ops.add_argument(
+        "--granularity",
+        type=names(benchmark_ops.GRANULARITIES),
+        metavar="GRANULARITY,...",
+        default=list(benchmark_ops.GRANULARITIES),
+        help=", ".join(benchmark_ops.GRANULARITIES),
+    )
+    ops.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
+    ops.add_argument("--quick", action="store_true", help="fewer sizes and shorter measurements")
+    ops.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="DIR",
+        help="where the CSV file and the table go (default scripts/results)",
+    )
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        ops.error("--device cuda needs a GPU, and torch sees none")
+    if args.threads < 1:
+        ops.error(f"--threads must be at least 1, got {args.threads}")
+    benchmark_ops.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

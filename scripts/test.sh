@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change goes in. Runs from a fresh clone, from any directory.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+build=$root/build
+
+install_test_tools() {
+  [[ -f /usr/include/gtest/gtest.h && -f /usr/include/nlohmann/json.hpp ]] ||
+    debian libgtest-dev nlohmann-json3-dev
+  python -m pip install --quiet pytest hypothesis expecttest ruff clang-format==14.0.6
+}
+
+lint() {
+  ruff check .
+  ruff format --check .
+  find csrc cuda tests/cpp tests/consumer -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
+    xargs clang-format --dry-run -Werror
+}
+
+# cmake_build SOURCE NAME OPTIONS...: builds SOURCE in build/NAME.
+cmake_build() {
+  cmake -S "$1" -B "$build/$2" -G Ninja -DPython3_EXECUTABLE="$root/.venv/bin/python" \
+    --log-level=WARNING "${@:3}"
+  cmake --build "$build/$2" --parallel "$(nproc)"
+}
+
+# The tests as a project of their own, against the installed package.
+cpp_tests() {
+  cmake_build tests/cpp tests -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$prefix"
+  "$build/tests/asymq_tests" --gtest_brief=1
+}
+
+consumer() {
+  cmake_build tests/consumer consumer -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$prefix"
+  "$build/consumer/consumer"
+}
+
+# The library and its tests in one instrumented build without CUDA.
+sanitizers() {
+  cmake_build . sanitizers -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+    -DASYMQ_CUDA=OFF -DASYMQ_BUILD_TESTS=ON -DASYMQ_SANITIZE=address,undefined
+  # No leak check: libtorch keeps its registries and thread pools until the process ends.
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    "$build/sanitizers/tests/cpp/asymq_tests" --gtest_brief=1
+}
+
+step "Environment" create_environment
+step "Test tools" install_test_tools
+step "Build and install" install_package
+prefix=$(python -m asymq --cmake-prefix-path)
+step "Lint" lint
+step "C++ tests" cpp_tests
+step "Consumer project" consumer
+step "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer" sanitizers
+# Last, so that pytest's summary is the last line.
+heading "Python tests"
+exec python -m pytest tests/python "$@"

@@ -1,0 +1,124 @@
+// Every golden vector, in float32 and float64, on every device.
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "support.h"
+
+namespace asymq_test {
+namespace {
+
+using nlohmann::json;
+
+// File name -> operator, and the vectors' names of its parameters in the operator's order.
+struct GoldenFile {
+  std::string file, op;
+  std::vector<std::string> parameters;
+
+  friend std::ostream& operator<<(std::ostream& out, const GoldenFile& file) {
+    return out << file.file;
+  }
+};
+
+const std::vector<GoldenFile>& golden_files() {
+  static const std::vector<GoldenFile> files = {
+      {"scale_offset", "scale_offset", {"s", "z"}},
+      {"min_max", "min_max", {"theta_min", "theta_max"}},
+      {"beta_gamma", "beta_gamma", {"beta", "gamma", "theta_min", "theta_max"}},
+      {"beta_gamma_sigmoid", "beta_gamma_sigmoid", {"beta", "gamma", "theta_min", "theta_max"}},
+      {"kscale_koffset", "kscale_koffset", {"s_prime", "z_prime"}},
+      {"sym_scale", "symmetric_scale", {"s"}},
+      {"sym_max", "symmetric_max", {"theta_max"}},
+      {"sym_gamma", "symmetric_gamma", {"gamma", "theta_max"}},
+      {"sym_gamma_sigmoid", "symmetric_gamma_sigmoid", {"gamma", "theta_max"}},
+  };
+  return files;
+}
+
+// A number, a list, or a list of lists of equal length.
+Tensor tensor_of(const json& value) {
+  if (value.is_number()) return at::full({}, value.get<double>(), at::kDouble);
+  if (value.empty() || !value[0].is_array())
+    return at::tensor(value.get<std::vector<double>>(), at::kDouble);
+  Tensors rows;
+  for (const json& row : value) rows.push_back(tensor_of(row));
+  return at::stack(rows);
+}
+
+class GoldenTest
+    : public testing::TestWithParam<std::tuple<GoldenFile, at::DeviceType, at::ScalarType>> {};
+
+TEST_P(GoldenTest, EveryCase) {
+  const GoldenFile& file = std::get<0>(GetParam());
+  const at::DeviceType device = std::get<1>(GetParam());
+  const at::ScalarType dtype = std::get<2>(GetParam());
+  const Op& op = op_named(file.op);
+  std::ifstream stream(std::string(ASYMQ_GOLDEN_DIR) + "/" + file.file + ".json");
+  ASSERT_TRUE(stream) << file.file;
+  const json cases = json::parse(stream)["cases"];
+  ASSERT_FALSE(cases.empty());
+  for (const json& vector : cases) {
+    SCOPED_TRACE(vector["case"].get<std::string>());
+    const int64_t bits = vector["bits"];
+    const double k = vector["k"];
+    const auto on_device = [&](const Tensor& t) { return t.to(device, dtype); };
+    const Tensor x = on_device(tensor_of(vector["x"])),
+                 upstream = on_device(tensor_of(vector["upstream"]));
+    const Tensor region = tensor_of(vector["region"]);
+    Tensors parameters;
+    for (const std::string& name : file.parameters) {
+      const json& group =
+          vector["learnable"].contains(name) ? vector["learnable"] : vector["const"];
+      parameters.push_back(on_device(tensor_of(group.at(name))));
+    }
+
+    // Scale and offset of this type, and codes.
+    const auto [scale, offset] = asymq::effective_scale_offset(op.parameterization, parameters,
+                                                               bits, op.symmetric, op.sigmoid);
+    EXPECT_EQ(offset.has_value(), !op.symmetric);
+    const Tensor codes = asymq::quantize(x, scale, offset, bits);
+    EXPECT_TRUE(at::equal(codes.cpu().to(at::kDouble), tensor_of(vector["xbar"]))) << "codes";
+
+    const Result shared = evaluate(op, x, parameters, upstream, bits);
+    const Tensor xhat = tensor_of(vector["xhat"]);
+    EXPECT_TRUE(close(shared.xhat, xhat, xhat.abs())) << "xhat";
+    EXPECT_TRUE(bit_equal(shared.dx, tensor_of(vector["grad_x"]).to(dtype))) << "dx";
+
+    // A range for every element turns the parameters' gradients into upstream times the partials.
+    Tensors spread;
+    for (const Tensor& p : parameters) spread.push_back(p.expand_as(x).contiguous());
+    const Result single = evaluate(op, x, spread, upstream, bits);
+    EXPECT_TRUE(bit_equal(single.xhat, shared.xhat)) << "xhat with a range per element";
+    const Tensor inside = single.dx.cpu().to(at::kDouble).eq(upstream.cpu().to(at::kDouble));
+    EXPECT_TRUE(at::equal(inside, region.eq(0))) << "region";
+    for (size_t i = 0; i < op.learnable; ++i) {
+      const std::string& name = file.parameters[i];
+      const Tensor partial = tensor_of(vector["partial"][name]);
+      const Tensor allowed =
+          name == "s" ? at::full_like(partial, 2.5e-7 * k) : 3e-6 * partial.abs().clamp_min(1);
+      EXPECT_TRUE(close(single.grads[i].cpu().to(at::kDouble) / upstream.cpu().to(at::kDouble),
+                        partial, allowed, 1))
+          << "partial of " << name;
+      const Tensor weighted = allowed * upstream.cpu().abs();
+      const Tensor sum_allowed =
+          weighted.dim() == 2 ? weighted.sum(-1, /*keepdim=*/true) : weighted.sum();
+      EXPECT_TRUE(close(shared.grads[i], tensor_of(vector["grad"][name]), sum_allowed, 1))
+          << "gradient of " << name;
+    }
+  }
+}
+
+std::string case_name(const testing::TestParamInfo<GoldenTest::ParamType>& info) {
+  return std::get<0>(info.param).file + "_" +
+         c10::DeviceTypeName(std::get<1>(info.param), /*lower_case=*/true) + "_" +
+         c10::toString(std::get<2>(info.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(, GoldenTest,
+                         testing::Combine(testing::ValuesIn(golden_files()),
+                                          testing::ValuesIn(devices()),
+                                          testing::Values(at::kFloat, at::kDouble)),
+                         case_name);
+
+}  // namespace
+}  // namespace asymq_test

@@ -1,0 +1,144 @@
+// The torch-free headers on their own: this file includes neither torch nor asymq.h.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+
+#include "asymq/parameterization.h"
+#include "asymq/quant_math.h"
+
+#if defined(TORCH_VERSION) || defined(TORCH_CHECK)
+#error "quant_math.h or parameterization.h includes torch"
+#endif
+
+namespace {
+
+using asymq::Grid;
+using asymq::QuantizerKind;
+using asymq::Range;
+using asymq::Sums;
+
+int position_of(const std::string& name, bool sigmoid = false) {
+  for (int i = 0; i < static_cast<int>(std::size(asymq::Parameterizations::traits)); ++i) {
+    const asymq::Traits& traits = asymq::Parameterizations::traits[i];
+    if (name == traits.name && sigmoid == traits.sigmoid) return i;
+  }
+  return -1;
+}
+
+template <class T>
+class QuantMath : public testing::Test {};
+using Types = testing::Types<float, double>;
+TYPED_TEST_SUITE(QuantMath, Types);
+
+TYPED_TEST(QuantMath, RoundsHalfToEven) {
+  using T = TypeParam;
+  EXPECT_EQ(asymq::round_half_even(T(0.5)), T(0));
+  EXPECT_EQ(asymq::round_half_even(T(1.5)), T(2));
+  EXPECT_EQ(asymq::round_half_even(T(-2.5)), T(-2));
+  EXPECT_EQ(asymq::round_half_even(T(2.4999)), T(2));
+}
+
+TYPED_TEST(QuantMath, Element) {
+  using T = TypeParam;
+  const Grid<T> grid{T(0.5), T(-3), T(12)};
+  EXPECT_EQ(asymq::fake_quantize_element(T(0.7), grid), T(0.5));
+  EXPECT_EQ(asymq::fake_quantize_element(T(100), grid), T(6));
+  EXPECT_EQ(asymq::fake_quantize_element(T(-100), grid), T(-1.5));
+  EXPECT_TRUE(std::isnan(asymq::fake_quantize_element(std::numeric_limits<T>::quiet_NaN(), grid)));
+}
+
+TEST(Quotient, ByReciprocalIsTheDivision) {
+  std::mt19937 random(0);
+  const auto any_float = [&] { return std::bit_cast<float>(static_cast<uint32_t>(random())); };
+  for (int i = 0; i < 1'000'000; ++i) {
+    const Grid<float> grid{std::abs(any_float()), -8, 7};
+    // Numerators of any size, and ones that are close to a tie or to a grid point.
+    const float x = i % 2 == 0
+                        ? any_float()
+                        : std::nextafter(grid.scale * 0.5f * static_cast<float>(random() % 64),
+                                         i % 4 == 1 ? 0.0f : 1e38f);
+    if (!asymq::has_reciprocal(grid)) continue;
+    const float got = asymq::quotient(x, asymq::make_reciprocal(grid)), want = x / grid.scale;
+    const float size = std::abs(want);
+    const std::string what = std::to_string(x) + " / " + std::to_string(grid.scale);
+    // Very small quotients round to 0 and very large ones are outside the range in any case.
+    if (size >= 0x1p126f) {
+      ASSERT_GE(std::abs(got), 0x1p125f) << what;
+    } else if (size >= 0x1p-20f) {
+      ASSERT_EQ(got, want) << what;
+    }
+    ASSERT_EQ(std::isnan(got), std::isnan(want)) << what;
+    ASSERT_TRUE(std::isnan(want) || std::signbit(got) == std::signbit(want)) << what;
+  }
+}
+
+TYPED_TEST(QuantMath, ElementGradient) {
+  using T = TypeParam;
+  const Grid<T> grid{T(0.5), T(-3), T(12)};
+  const auto inside = asymq::fake_quantize_element_backward(T(2), T(0.625), grid);
+  EXPECT_EQ(inside.x, T(2));
+  EXPECT_EQ(inside.rounding, T(1) - T(1.25));
+  EXPECT_EQ(inside.below, T(0));
+  EXPECT_EQ(inside.above, T(0));
+  const T infinity = std::numeric_limits<T>::infinity();
+  const auto above = asymq::fake_quantize_element_backward(infinity, infinity, grid);
+  EXPECT_EQ(above.x, T(0));
+  EXPECT_EQ(above.rounding, T(0));
+  EXPECT_EQ(above.below, T(0));
+  EXPECT_EQ(above.above, infinity);
+}
+
+TYPED_TEST(QuantMath, CodesAndBack) {
+  using T = TypeParam;
+  EXPECT_EQ(asymq::quantize_element(T(0.7), T(0.5), T(-3), T(0), T(15)), T(4));
+  EXPECT_EQ(asymq::dequantize_element(T(4), T(0.5), T(-3)), T(0.5));
+  EXPECT_EQ(
+      asymq::quantize_element(std::numeric_limits<T>::quiet_NaN(), T(0.5), T(-3), T(0), T(15)),
+      T(0));
+}
+
+TEST(Parameterization, EachNameAppearsOnce) {
+  EXPECT_EQ(std::size(asymq::Parameterizations::traits), 9u);
+  for (const char* name : {"scale_offset", "min_max", "beta_gamma", "kscale_koffset",
+                           "symmetric_scale", "symmetric_max", "symmetric_gamma"}) {
+    EXPECT_GE(position_of(name), 0) << name;
+  }
+  EXPECT_GE(position_of("beta_gamma", true), 0);
+  EXPECT_GE(position_of("symmetric_gamma", true), 0);
+}
+
+TEST(Parameterization, GuardKeepsNanAndRaisesTheRest) {
+  EXPECT_EQ(asymq::guard_scale(-1.0f, 1e-8f), 1e-8f);
+  EXPECT_EQ(asymq::guard_scale(2.0f, 1e-8f), 2.0f);
+  EXPECT_TRUE(std::isnan(asymq::guard_scale(std::numeric_limits<float>::quiet_NaN(), 1e-8f)));
+}
+
+TEST(Parameterization, MinMaxGridAndGradient) {
+  // s = 0.5 and z = -2.5, a tie: n = -2, zeta = 0.5.
+  const QuantizerKind kind{position_of("min_max"), 4, 1e-8};
+  const Range<float> range{-1.25f, 6.25f, 0, 0};
+  const Grid<float> grid = asymq::make_grid<float>(kind, range);
+  EXPECT_EQ(grid.scale, 0.5f);
+  EXPECT_EQ(grid.lower, -2.0f);
+  EXPECT_EQ(grid.upper, 13.0f);
+  const auto gradient = asymq::range_gradient(kind, asymq::make_gradient_map<float>(kind, range),
+                                              Sums<double>{3, 5, 7});
+  const double zeta = 0.5 / 15;
+  EXPECT_DOUBLE_EQ(gradient.first, -3.0 / 15 + (1 - zeta) * 5 - zeta * 7);
+  EXPECT_DOUBLE_EQ(gradient.second, 3.0 / 15 + zeta * 5 + (1 + zeta) * 7);
+}
+
+TEST(Parameterization, SigmoidDerivativeSurvivesSaturation) {
+  EXPECT_GT(asymq::sigmoid_derivative(30.0), 0.0);
+  EXPECT_NEAR(asymq::sigmoid_derivative(30.0) / std::exp(-30.0), 1.0, 1e-9);
+  EXPECT_DOUBLE_EQ(asymq::sigmoid_derivative(-30.0), asymq::sigmoid_derivative(30.0));
+}
+
+}  // namespace

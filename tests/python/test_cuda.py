@@ -1,0 +1,199 @@
+"""What only a GPU can show: CPU = CUDA bit for bit, sizes, streams, graphs, no synchronisation."""
+
+import itertools
+
+import pytest
+import torch
+from compare import assert_bit_equal, assert_sums, term_sizes
+from samples import COVERING, SAMPLES, Sample
+
+import asymq
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+VALUES = [Sample(values="nan"), Sample("scale_offset", "float16", "groups", values="nan")]
+
+
+def step(sample, inputs):
+    x, parameters, grad = inputs
+    leaves = (x, *parameters[: len(sample.spec.learned)])
+    xhat = sample.call(asymq, x, *parameters)
+    return xhat, *torch.autograd.grad(xhat, leaves, grad)
+
+
+@pytest.mark.parametrize("sample", [*SAMPLES, *VALUES, *COVERING], ids=str)
+def test_cpu_equals_cuda(sample):
+    """x̂ and dL/dx to the last bit, the sums within their accuracy."""
+    cpu, cuda = sample.build("cpu"), sample.build("cuda")
+    expected, actual = step(sample, cpu), step(sample, cuda)
+    exact = cpu.parameters[0].dtype == torch.float64
+    for e, a in zip(expected[:2], actual[:2], strict=True):
+        if sample.spec.sigmoid and exact:
+            torch.testing.assert_close(a.cpu(), e, rtol=1e-12, atol=0, equal_nan=True)
+        else:
+            assert_bit_equal(a.cpu(), e)
+        assert a.stride() == e.stride()
+    terms = term_sizes(sample, asymq, *cpu)
+    for e, a, size in zip(expected[2:], actual[2:], terms, strict=True):
+        # Both sides may be 1e-6 of Σ|terms| off.
+        assert_sums(a.cpu(), e, 2 * size, exact=exact)
+
+
+def test_sigmoid_of_every_kind_of_argument():
+    """σ is computed in float64 and rounded once: the grids agree on both devices."""
+    gamma = torch.cat([torch.linspace(-30, 30, 100_001), torch.randn(100_000)]).unsqueeze(-1)
+    x = torch.rand(len(gamma), 4) * 2 - 1
+    one = torch.ones_like(gamma)
+
+    def call(*tensors):
+        return asymq.fake_quantize_symmetric_gamma(*tensors, bits=8, sigmoid=True)
+
+    assert_bit_equal(call(x.cuda(), gamma.cuda(), one.cuda()).cpu(), call(x, gamma, one))
+
+
+def test_codes_equal_on_both_devices():
+    for bits, dtype in itertools.product((3, 8, 12, 16), (torch.float32, torch.bfloat16)):
+        x = torch.randn(1001, 96).to(dtype)
+        low, high = -torch.rand(1, 96), torch.rand(1, 96)
+        cpu = asymq.effective_scale_offset("min_max", low, high, bits=bits)
+        cuda = asymq.effective_scale_offset("min_max", low.cuda(), high.cuda(), bits=bits)
+        codes = asymq.quantize(x, *cpu, bits=bits)
+        assert torch.equal(asymq.quantize(x.cuda(), *cuda, bits=bits).cpu(), codes)
+        values = asymq.dequantize(codes, *cpu, bits=bits)
+        assert_bit_equal(asymq.dequantize(codes.cuda(), *cuda, bits=bits).cpu(), values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
+def test_more_than_2_to_31_elements(granularity):
+    """bfloat16, forward and backward: every element is there and no index has wrapped."""
+    rows, columns = 2**16 + 1, 2**15 + 8
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * rows * columns:
+        pytest.skip("not enough GPU memory")
+    pattern = torch.tensor([-9.0, 0.25, 9.0, 1.0], device="cuda", dtype=torch.bfloat16)
+    x = pattern.repeat(rows, columns // 4).requires_grad_()
+    shape = {"tensor": (1,), "row": (rows, 1), "column": (1, columns)}[granularity]
+    scale = torch.ones(shape, device="cuda", requires_grad=True)
+    offset = torch.full(shape, -3.0, device="cuda", requires_grad=True)
+    xhat = asymq.fake_quantize_scale_offset(x, scale, offset, bits=3)
+    grid = torch.tensor([-3.0, 0.0, 4.0, 1.0], device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(xhat[0].view(-1, 4), grid.expand(columns // 4, 4))
+    assert all((xhat[r] == xhat[0]).all() for r in (rows // 2, rows - 2, rows - 1))
+
+    grad = torch.ones((), device="cuda", dtype=torch.bfloat16).expand_as(xhat)
+    del xhat
+    d_x, d_scale, d_offset = torch.autograd.grad(
+        asymq.fake_quantize_scale_offset(x, scale, offset, bits=3), (x, scale, offset), grad
+    )
+    inside = torch.tensor([0.0, 1.0, 0.0, 1.0], device="cuda", dtype=torch.bfloat16)
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(d_x[row].view(-1, 4), inside.expand(columns // 4, 4))
+    # Per four elements: -3 below, 0 - 0.25 inside, 4 above; the offset gets s from both outside.
+    if granularity == "column":
+        expected_scale = torch.tensor([-3.0, -0.25, 4.0, 0.0], device="cuda") * rows
+        expected_offset = torch.tensor([1.0, 0.0, 1.0, 0.0], device="cuda") * rows
+        expected_scale = expected_scale.repeat(columns // 4).view(shape)
+        expected_offset = expected_offset.repeat(columns // 4).view(shape)
+    else:
+        count = x.numel() / scale.numel() / 4
+        expected_scale = torch.full_like(scale, 0.75 * count)
+        expected_offset = torch.full_like(scale, 2.0 * count)
+    torch.testing.assert_close(d_scale, expected_scale, rtol=2e-6, atol=0)
+    torch.testing.assert_close(d_offset, expected_offset, rtol=2e-6, atol=0)
+
+
+GRANULARITIES = ["one", "axis0", "last", "groups", "blocks_two"]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_works_on_the_current_stream(granularity):
+    """Enqueued behind work of the same stream that produces its input."""
+    sample = Sample("beta_gamma", granularity=granularity, size="millions")
+    inputs = sample.build("cuda")
+    expected = step(sample, inputs)
+    values = inputs.x.detach().clone()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        with torch.no_grad():
+            inputs.x.zero_()
+            torch.cuda._sleep(100_000_000)
+            inputs.x.copy_(values)
+        actual = step(sample, inputs)
+    stream.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        assert_bit_equal(a, e)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_never_synchronises(granularity):
+    sample = Sample("beta_gamma_sigmoid", granularity=granularity, layout="transposed_gradient")
+    inputs = sample.build("cuda")
+    step(sample, inputs)
+    scale = torch.ones(1, device="cuda")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(sample, inputs)
+        asymq.dequantize(asymq.quantize(inputs.x, scale, scale, bits=8), scale, scale, bits=8)
+        asymq.effective_scale_offset("min_max", scale, scale, bits=8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_cuda_graph_of_a_training_step(granularity):
+    """Captured forward and backward, replayed on new values."""
+    sample = Sample("min_max", granularity=granularity, size="millions")
+    inputs = sample.build("cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(sample, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(sample, inputs)
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            inputs.x.mul_(scale)
+            inputs.parameters[1].mul_(scale)
+        graph.replay()
+        for a, e in zip(captured, step(sample, inputs), strict=True):
+            assert_bit_equal(a, e)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_second_device():
+    """Runs where its tensors are, not on the current device; a range elsewhere is an error."""
+    sample = Sample("beta_gamma", granularity="last", size="millions")
+    with torch.cuda.device(0):
+        expected = step(sample, sample.build("cuda:0"))
+        actual = step(sample, sample.build("cuda:1"))
+        for a, e in zip(actual, expected, strict=True):
+            assert a.device == torch.device("cuda:1")
+            assert_bit_equal(a.cpu(), e.cpu())
+        x = torch.zeros(4, device="cuda:1")
+        with pytest.raises(RuntimeError, match="scale must be on x's device cuda:1, got cuda:0"):
+            asymq.fake_quantize_symmetric_scale(x, torch.ones(1, device="cuda:0"), bits=8)
+
+
+def test_ranges_on_another_device():
+    x = torch.zeros(4, device="cuda")
+    with pytest.raises(RuntimeError, match="scale must be on x's device cuda:0, got cpu"):
+        asymq.fake_quantize_symmetric_scale(x, torch.ones(1), bits=8)
+
+
+def test_memory():
+    """Forward and backward hold x̂ and dL/dx, nothing else of x's size."""
+    x = torch.randn(2**24, device="cuda", requires_grad=True)
+    ends = [torch.full((1,), v, device="cuda", requires_grad=True) for v in (-1.0, 1.0)]
+    size = x.numel() * x.element_size()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    xhat = asymq.fake_quantize_min_max(x, *ends, bits=8)
+    torch.autograd.grad(xhat, (x, *ends), x.detach())
+    assert torch.cuda.max_memory_allocated() - before < 2.1 * size

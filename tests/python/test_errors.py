@@ -1,0 +1,150 @@
+"""Every message names the operator, the argument, what it needs and what it got."""
+
+import re
+
+import pytest
+import torch
+
+import asymq
+
+
+def t(*shape, dtype=torch.float32, device="cpu", requires_grad=False):
+    return torch.ones(shape, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+X = t(2, 3)
+ONE = t(1)
+HALF = t(1, dtype=torch.bfloat16)
+DOUBLE = t(1, dtype=torch.float64)
+LEAF = t(1, requires_grad=True)
+CODES = t(2, 3, dtype=torch.uint8)
+
+MIN_MAX = "fake_quantize_min_max"
+BETA_GAMMA = "fake_quantize_beta_gamma"
+GAMMA = "fake_quantize_symmetric_gamma"
+
+# (operator, tensors, changed keywords, message after "asymq::<operator>: ")
+ERRORS = [
+    *(
+        (name, (X, *(ONE,) * ranges), {"bits": bits}, f"bits must be between 2 and 16, got {bits}")
+        for bits in (1, 17, -8)
+        for name, ranges in (
+            ("fake_quantize_scale_offset", 2),
+            (MIN_MAX, 2),
+            (BETA_GAMMA, 4),
+            ("fake_quantize_kscale_koffset", 2),
+            ("fake_quantize_symmetric_scale", 1),
+            ("fake_quantize_symmetric_max", 1),
+            (GAMMA, 2),
+            ("quantize", 2),
+        )
+    ),
+    ("dequantize", (CODES, ONE, ONE), {"bits": 0}, "bits must be between 2 and 16, got 0"),
+    (MIN_MAX, (X, ONE, ONE), {"eps": -1.0}, "eps must be positive and finite, got -1"),
+    (MIN_MAX, (X, ONE, ONE), {"eps": 0.0}, "eps must be positive and finite, got 0"),
+    (MIN_MAX, (X, ONE, ONE), {"eps": float("inf")}, "eps must be positive and finite, got inf"),
+    (MIN_MAX, (X, ONE, ONE), {"eps": float("nan")}, "eps must be positive and finite, got -?nan"),
+    (
+        MIN_MAX,
+        (X.long(), ONE, ONE),
+        {},
+        "x must be float32, float64, bfloat16 or float16, got Long",
+    ),
+    ("quantize", (CODES, ONE), {}, "x must be float32, float64, bfloat16 or float16, got Byte"),
+    (MIN_MAX, (X, HALF, HALF), {}, "min must be float32, got BFloat16"),
+    (MIN_MAX, (X, DOUBLE, DOUBLE), {}, "min must be float32, got Double"),
+    (MIN_MAX, (X.double(), HALF, HALF), {}, "min must be float32 or float64, got BFloat16"),
+    (MIN_MAX, (X.double(), ONE, DOUBLE), {}, "max must have min's dtype Float, got Double"),
+    (BETA_GAMMA, (X.double(), ONE, ONE, ONE, DOUBLE), {}, "max must have beta's dtype Float"),
+    ("quantize", (X, DOUBLE), {}, "scale must be float32, got Double"),
+    (MIN_MAX, (X, ONE, t(2)), {}, r"max must have min's shape \[1\], got \[2\]"),
+    (BETA_GAMMA, (X, ONE, ONE, ONE, t(2, 1)), {}, r"max must have beta's shape \[1\]"),
+    ("quantize", (X, ONE, t(2, 1)), {}, r"offset must have scale's shape \[1\], got \[2, 1\]"),
+    (
+        MIN_MAX,
+        (t(512, 768), t(1, 1024), t(1, 1024)),
+        {},
+        r"min has shape \[1, 1024\], which does not divide x's shape \[512, 768\] at axis 1",
+    ),
+    (
+        "fake_quantize_symmetric_scale",
+        (X, t(0, 1)),
+        {},
+        r"scale has shape \[0, 1\], which does not divide x's shape \[2, 3\] at axis 0",
+    ),
+    (
+        MIN_MAX,
+        (X, t(3), t(3)),
+        {},
+        r"min has shape \[3\]: it must have one element or as many dimensions as x, "
+        r"whose shape is \[2, 3\]",
+    ),
+    (
+        "dequantize",
+        (CODES, t(2, 2)),
+        {"bits": 8},
+        r"codes must be .* for 8 bits without offset, got Byte",
+    ),
+    (
+        "dequantize",
+        (CODES, t(2, 2), t(2, 2)),
+        {},
+        r"scale has shape \[2, 2\], which does not divide",
+    ),
+    (
+        MIN_MAX,
+        (X, t(1, device="meta"), t(1, device="meta")),
+        {},
+        "min must be on x's device cpu, got meta",
+    ),
+    (MIN_MAX, (X, ONE, t(1, device="meta")), {}, "max must be on min's device cpu, got meta"),
+    (
+        BETA_GAMMA,
+        (X, ONE, ONE, LEAF, ONE),
+        {},
+        "min must not require grad: it is a constant of this parameterization",
+    ),
+    (BETA_GAMMA, (X, ONE, ONE, ONE, LEAF), {}, "max must not require grad"),
+    (GAMMA, (X, ONE, LEAF), {}, "max must not require grad"),
+]
+
+
+def _identity(case):
+    name, tensors, keywords, _ = case
+    return "-".join([name, *(str(list(v.shape)) for v in tensors), *map(str, keywords.values())])
+
+
+@pytest.mark.parametrize("namespace", [asymq, torch.ops.asymq], ids=["python", "dispatcher"])
+@pytest.mark.parametrize("case", ERRORS, ids=_identity)
+def test_message(namespace, case):
+    name, tensors, keywords, message = case
+    if name.endswith("quantize") and len(tensors) == 2:
+        tensors = (*tensors, None)
+    with pytest.raises(RuntimeError, match=f"asymq::{name}: {message}"):
+        getattr(namespace, name)(*tensors, **{"bits": 8, **keywords})
+
+
+@pytest.mark.parametrize(
+    "name, tensors, keywords, message",
+    [
+        ("minmax", (ONE, ONE), {}, "minmax"),
+        ("kscale_koffset", (ONE,), {"symmetric": True}, "kscale_koffset"),
+        ("min_max", (ONE, ONE), {"sigmoid": True}, "sigmoid|min_max"),
+        ("min_max", (ONE,), {}, "min_max"),
+        ("min_max", (ONE, ONE, ONE), {}, "min_max"),
+        ("min_max", (ONE, ONE), {"bits": 20}, "bits must be between 2 and 16, got 20"),
+        ("min_max", (ONE, t(2)), {}, r"max must have min's shape \[1\], got \[2\]"),
+        ("min_max", (HALF, HALF), {}, "min must be float32 or float64, got BFloat16"),
+    ],
+)
+def test_effective_scale_offset(name, tensors, keywords, message):
+    with pytest.raises((RuntimeError, ValueError), match="asymq::effective_scale_offset") as error:
+        asymq.effective_scale_offset(name, *tensors, **{"bits": 8, **keywords})
+    assert re.search(message, str(error.value))
+
+
+def test_everything_after_the_tensors_is_keyword_only():
+    with pytest.raises(TypeError):
+        asymq.fake_quantize_min_max(X, ONE, ONE, 8)
+    with pytest.raises(TypeError):
+        asymq.fake_quantize_min_max(X, ONE, ONE)

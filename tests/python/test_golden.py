@@ -1,0 +1,96 @@
+"""Every golden vector, by the operators and by the reference, in float32 and float64."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compare import spread
+
+import asymq
+from asymq import reference
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FUNCTIONS = {
+    "scale_offset": ("scale_offset", {}),
+    "min_max": ("min_max", {}),
+    "beta_gamma": ("beta_gamma", {}),
+    "beta_gamma_sigmoid": ("beta_gamma", {"sigmoid": True}),
+    "kscale_koffset": ("kscale_koffset", {}),
+    "sym_scale": ("scale_offset", {"symmetric": True}),
+    "sym_max": ("min_max", {"symmetric": True}),
+    "sym_gamma": ("beta_gamma", {"symmetric": True}),
+    "sym_gamma_sigmoid": ("beta_gamma", {"symmetric": True, "sigmoid": True}),
+}
+SYMMETRIC = {"scale_offset": "scale", "min_max": "max", "beta_gamma": "gamma"}
+
+
+def _cases():
+    for path in sorted(GOLDEN.glob("*.json")):
+        golden = json.loads(path.read_text())
+        for case in golden["cases"]:
+            yield pytest.param(golden["param"], case, id=case["case"])
+
+
+def _tolerance(name, partial, k):
+    if name == "s":
+        return torch.full_like(partial, 2.5e-7 * k)
+    return 3e-6 * partial.abs().clamp_min(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("module", [asymq, reference], ids=["operators", "reference"])
+@pytest.mark.parametrize("parameterization, case", list(_cases()))
+def test_golden(parameterization, case, module, dtype, device):
+    name, options = FUNCTIONS[parameterization]
+    k, symmetric = case["k"], options.get("symmetric", False)
+    function = f"symmetric_{SYMMETRIC[name]}" if symmetric else name
+    function = getattr(module, f"fake_quantize_{function}")
+    keywords = {"bits": case["bits"]}
+    keywords |= {"sigmoid": True} if options.get("sigmoid") else {}
+
+    def tensor(values):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def exact(values):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    x, upstream = tensor(case["x"]).requires_grad_(), tensor(case["upstream"])
+    learned = [tensor(v).requires_grad_() for v in case["learnable"].values()]
+    fixed = [tensor(v) for v in case["const"].values()]
+
+    # The call as a user makes it: values, dL/dx and the sums.
+    xhat = function(x, *learned, *fixed, **keywords)
+    grad_x, *grads = torch.autograd.grad(xhat, (x, *learned), upstream)
+    loosen = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(xhat.double(), exact(case["xhat"]), rtol=loosen, atol=0)
+    assert torch.equal(grad_x, tensor(case["grad_x"]))
+
+    scale, offset = module.effective_scale_offset(
+        name, *(p.detach() for p in learned), *fixed, bits=case["bits"], **options
+    )
+    codes = module.quantize(x.detach(), scale, offset, bits=case["bits"])
+    assert torch.equal(codes.double(), exact(case["xbar"]))
+    least = -(k - 1) // 2 if symmetric else 0
+    outside = torch.where(codes == least, -1, 1)
+    assert torch.equal(torch.where(grad_x != 0, 0, outside).double(), exact(case["region"]))
+
+    # A range of its own for every element: the gradients are the partial derivatives.
+    own = [spread(p.detach(), x.shape).requires_grad_() for p in learned]
+    xhat = function(x.detach(), *own, *(spread(p, x.shape) for p in fixed), **keywords)
+    partials = torch.autograd.grad(xhat, own, torch.ones_like(xhat))
+    reduced = () if case["granularity"] == "per_tensor" else (1,)
+    for key, grad, partial in zip(case["learnable"], grads, partials, strict=True):
+        expected = exact(case["partial"][key])
+        tolerance = _tolerance(key, expected, k) * (1 if dtype == torch.float32 else 1e-6)
+        error = (partial.double() - expected).abs()
+        assert (error <= tolerance).all(), f"∂{key} off by {(error / tolerance).max():.3g}"
+
+        error = (grad.double().flatten() - exact(case["grad"][key]).flatten()).abs()
+        tolerance = (upstream.double().abs() * tolerance).sum(reduced)
+        assert (error <= tolerance).all(), f"dL/d{key} off by {(error / tolerance).max():.3g}"
+
+
+def test_all_golden_vectors_are_here():
+    assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(FUNCTIONS)
+    assert len(list(_cases())) == 129

@@ -1,0 +1,341 @@
+"""The operators against the reference, over the covering table and at the awkward points."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from compare import assert_bit_equal, assert_on_grid, assert_sums, term_sizes
+from samples import COVERING, PARAMETERIZATIONS, SAMPLES, Sample, covering
+
+import asymq
+from asymq import reference
+
+NAN, INF = math.nan, math.inf
+EVERY = [*SAMPLES, *COVERING]
+
+
+def gradients(sample, module, x, parameters, grad, **keywords):
+    """x̂, dL/dx and the gradients of the learned parameters."""
+    learned = parameters[: len(sample.spec.learned)]
+    xhat = sample.call(module, x, *parameters, **keywords)
+    return xhat, *torch.autograd.grad(xhat, (x, *learned), grad)
+
+
+def check(sample, inputs, **keywords):
+    actual = gradients(sample, asymq, *inputs, **keywords)
+    expected = gradients(sample, reference, *inputs, **keywords)
+    # Two float64 sigmoids may differ in the last bit; everything else has one right answer.
+    loose = sample.spec.sigmoid and inputs.parameters[0].dtype == torch.float64
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        if loose:
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=0, equal_nan=True)
+        else:
+            assert_bit_equal(a, e)
+        assert a.stride() == torch.empty_like(inputs.x).stride()
+    terms = term_sizes(sample, reference, *inputs)
+    exact = inputs.parameters[0].dtype == torch.float64
+    for a, e, size in zip(actual[2:], expected[2:], terms, strict=True):
+        assert_sums(a, e, size, exact=exact)
+
+
+@pytest.mark.parametrize("sample", EVERY, ids=str)
+def test_equals_reference(sample, device):
+    check(sample, sample.build(device))
+
+
+def test_covering_covers():
+    """Every pair of two factors' values, in far fewer rows than all combinations."""
+    factors = {"a": [1, 2, 3], "b": "xyz", "c": [True, False], "d": [None]}
+    rows = covering(factors)
+    for a, b in itertools.combinations(factors, 2):
+        pairs = {(row[a], row[b]) for row in rows}
+        assert pairs == set(itertools.product(factors[a], factors[b]))
+    assert len(rows) <= 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_nan_values_count_as_inside(name, dtype, device):
+    """x̂ and everything with G_in in it is NaN, dL/dx is the upstream gradient."""
+    sample = Sample(name, dtype, "last", values="nan", bits=4)
+    inputs = sample.build(device)
+    check(sample, inputs)
+    nan = inputs.x.isnan()
+    assert nan.any() and not nan.all()
+    xhat, grad_x, *grads = gradients(sample, asymq, *inputs)
+    assert torch.equal(xhat.isnan(), nan)
+    assert torch.equal(grad_x[nan], inputs.grad[nan])
+    columns = nan.flatten(0, 2).any(0)
+    has_inside = [n for n in sample.spec.learned if n not in ("offset", "koffset")]
+    for learned, grad in zip(sample.spec.learned, grads, strict=True):
+        assert torch.equal(grad.isnan().flatten(), columns & (learned in has_inside))
+
+
+def test_infinite_values_saturate(device):
+    x = torch.tensor([INF, -INF], device=device, requires_grad=True)
+    ends = [torch.tensor(v, device=device, requires_grad=True) for v in (-1.0, 2.0)]
+    xhat = asymq.fake_quantize_min_max(x, *ends, bits=2)
+    assert xhat.tolist() == [2, -1]
+    grads = torch.autograd.grad(xhat.sum(), (x, *ends))
+    assert [g.tolist() for g in grads] == [[0, 0], 1, 1]
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+def test_bad_upstream_outside_stays_out_of_the_inside(bad, device):
+    """Selected, not multiplied: inf * 0 would be NaN."""
+    x = torch.tensor([-5.0, 0.3, 5.0], device=device, requires_grad=True)
+    scale = torch.ones(1, device=device, requires_grad=True)
+    offset = torch.full((1,), -1.0, device=device, requires_grad=True)
+    xhat = asymq.fake_quantize_scale_offset(x, scale, offset, bits=2)
+    grad = torch.tensor([bad, 2.0, 1.0], device=device)
+    grad_x, _, d_offset = torch.autograd.grad(xhat, (x, scale, offset), grad)
+    assert grad_x.tolist() == [0, 2, 0]
+    assert torch.equal(d_offset.isnan(), torch.tensor([math.isnan(bad)], device=device))
+    # Below n = 0 the row of the scale is 0 · G_lo; with n = -0 · finite it must stay finite.
+    x = torch.tensor([0.25, INF], device=device)
+    high = torch.ones(1, device=device, requires_grad=True)
+    xhat = asymq.fake_quantize_min_max(x, torch.zeros_like(high), high, bits=2)
+    (d_high,) = torch.autograd.grad(xhat, high, torch.tensor([1.0, 3.0], device=device))
+    assert d_high.isfinite().all()
+
+
+def test_ties_round_half_to_even(device):
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5], device=device) * 0.125
+    scale = torch.tensor(0.125, device=device)
+    xhat = asymq.fake_quantize_symmetric_scale(x, scale, bits=4)
+    assert (xhat / scale).tolist() == [-2, -2, 0, 0, 2, 2, 4]
+    assert xhat.signbit().tolist() == [True, True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_regions_are_closed(dtype, device):
+    """Decided on the rounded value: x beyond p by less than half a step is inside."""
+    x = torch.tensor([-7.75, -7.5, -7.25, 7.25, 7.5, 7.75], dtype=dtype, device=device)
+    x.requires_grad_()
+    scale = torch.ones(1, device=device)
+    xhat = asymq.fake_quantize_symmetric_scale(x, scale, bits=4)
+    (grad,) = torch.autograd.grad(xhat.sum(), x)
+    assert grad.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "sample", [Sample(n, values="extreme") for n in PARAMETERIZATIONS], ids=str
+)
+def test_denormals_are_not_flushed(sample, device):
+    """x, s and x̂ below the smallest normal number."""
+    tiny = 2.0**-135
+    x = (torch.arange(-40, 41, device=device) * (tiny / 2)).requires_grad_()
+    low, high = (torch.tensor([v * tiny], device=device) for v in (-4.0, 11.0))
+    parameters = sample.spec.from_range(low, high, 15)
+    eps = 2.0**-140
+    sample = Sample(sample.parameterization, bits=4)
+    if sample.parameterization in ("scale_offset", "kscale_koffset"):
+        scale = (high - low) / 15
+        parameters = (scale, low / scale)
+        if sample.parameterization == "kscale_koffset":
+            parameters = (high - low, low / scale / 15)
+    xhat = sample.call(asymq, x, *parameters, eps=eps)
+    assert_bit_equal(xhat, sample.call(reference, x, *parameters, eps=eps))
+    assert len(xhat.unique()) >= 15
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("offset", [1e9, -1e9, 1e20, -1e20, INF, -INF, NAN])
+@pytest.mark.parametrize("name", ["scale_offset", "kscale_koffset"])
+def test_huge_offsets(name, offset, x_dtype, device):
+    x = torch.tensor([-INF, -3e4, -1.0, 0.0, 0.7, 5e4, INF, NAN], dtype=x_dtype, device=device)
+    x.requires_grad_()
+    grad = torch.arange(1, 9, dtype=x_dtype, device=device)
+    scale = torch.tensor([0.1], device=device, requires_grad=True)
+    offset = torch.tensor([offset], device=device, requires_grad=True)
+    sample = Sample(name)
+    actual = gradients(sample, asymq, x, (scale, offset), grad)
+    expected = gradients(sample, reference, x, (scale, offset), grad)
+    assert_bit_equal(actual[0], expected[0])
+    assert_bit_equal(actual[1], expected[1])
+    for a, e in zip(actual[2:], expected[2:], strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=0, equal_nan=True)
+
+
+ENDS = [0.0, -0.0, 1.0, -1.0, 1e-30, 1e30, 3e38, -3e38, INF, -INF, NAN]
+
+
+@pytest.mark.parametrize("name", ["min_max", "beta_gamma", "beta_gamma_sigmoid", "symmetric_max"])
+def test_ranges_of_every_kind(name, device):
+    """Collapsed, reversed, overflowing, infinite and NaN ranges, one per row, all at once."""
+    pairs = list(itertools.product(ENDS, ENDS))
+    low, high = torch.tensor(pairs, device=device).unsqueeze(-1).unbind(1)
+    x = torch.tensor([-1e38, -2.0, -0.3, 0.0, 0.1, 1.6, 4.0, 1e38], device=device)
+    x = x.repeat(len(pairs), 1).requires_grad_()
+    grad = torch.linspace(-1, 2, 8, device=device).repeat(len(pairs), 1)
+    if name == "symmetric_max":
+        parameters = (high.clone(),)
+    elif name == "min_max":
+        parameters = (low.clone(), high.clone())
+    else:
+        parameters = (torch.full_like(low, 0.75), torch.full_like(low, 4.0), low, high)
+    sample = Sample(name)
+    for parameter in parameters[: len(sample.spec.learned)]:
+        parameter.requires_grad_()
+    actual = gradients(sample, asymq, x, parameters, grad)
+    expected = gradients(sample, reference, x, parameters, grad)
+    assert_bit_equal(actual[0], expected[0])
+    assert_bit_equal(actual[1], expected[1])
+    for a, e in zip(actual[2:], expected[2:], strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_a_nan_parameter_makes_everything_nan(name, device):
+    sample = Sample(name, granularity="one")
+    for i in range(len(sample.spec.learned) + len(sample.spec.fixed)):
+        x, parameters, grad = sample.build(device)
+        with torch.no_grad():
+            parameters[i].fill_(NAN)
+        xhat, grad_x, *grads = gradients(sample, asymq, x, parameters, grad)
+        assert xhat.isnan().all()
+        assert torch.equal(grad_x, grad)
+        for grad in grads:
+            assert grad.isnan().all()
+
+
+def test_sigmoid_is_rounded_once(device):
+    """σ in float64, then float32: a float32 sigmoid differs on a third of all arguments."""
+    gamma = torch.linspace(-30, 30, 100_001, device=device).unsqueeze(-1)
+    x = torch.linspace(-1, 1, 5, device=device).repeat(len(gamma), 1)
+    one = torch.ones_like(gamma)
+    keywords = {"bits": 8, "sigmoid": True, "eps": 1e-30}
+    actual = asymq.fake_quantize_symmetric_gamma(x, gamma, one, **keywords)
+    assert_bit_equal(actual, reference.fake_quantize_symmetric_gamma(x, gamma, one, **keywords))
+
+
+def test_sigmoid_still_learns_when_saturated(device):
+    """The factor σ(1 - σ) of the rounded σ is exactly 0 beyond 17.4."""
+    x = torch.tensor([5.0], device=device)
+    gamma = torch.tensor([20.0], device=device, requires_grad=True)
+    one = torch.ones(1, device=device)
+    xhat = asymq.fake_quantize_symmetric_gamma(x, gamma, one, bits=8, sigmoid=True)
+    (grad,) = torch.autograd.grad(xhat, gamma)
+    expected = 254 / 255 / (math.exp(10) + math.exp(-10)) ** 2
+    assert grad.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["min_max", "symmetric_gamma", "beta_gamma_sigmoid"])
+def test_only_wanted_gradients_are_computed(name, device):
+    """Every subset gets the same bits as all together, the rest gets None."""
+    sample = Sample(name, granularity="axis1")
+    x, parameters, grad = sample.build(device)
+    leaves = (x, *parameters[: len(sample.spec.learned)])
+    _, *together = gradients(sample, asymq, x, parameters, grad)
+    for wanted in itertools.product([False, True], repeat=len(leaves)):
+        for leaf, want in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(want)
+            leaf.grad = None
+        xhat = sample.call(asymq, x, *parameters)
+        assert xhat.requires_grad == any(wanted)
+        if any(wanted):
+            xhat.backward(grad)
+        for leaf, want, expected in zip(leaves, wanted, together, strict=True):
+            assert (leaf.grad is not None) == want
+            if want:
+                assert_bit_equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("x_shape", [(), (1,), (5,), (2, 3)])
+def test_one_element_ranges_have_any_number_of_dimensions(x_shape, shape, device):
+    x = torch.randn(x_shape, device=device, requires_grad=True)
+    high = torch.ones(shape, device=device, requires_grad=True)
+    xhat = asymq.fake_quantize_symmetric_max(x, high, bits=4)
+    assert_bit_equal(xhat, reference.fake_quantize_symmetric_max(x, high, bits=4))
+    grad_x, grad = torch.autograd.grad(xhat.sum(), (x, high))
+    assert grad_x.shape == x.shape and grad.shape == high.shape
+
+
+@pytest.mark.parametrize("dims", [1, 3, 5, 6])
+def test_any_number_of_dimensions(dims, device):
+    """Axis 0 in blocks and the last axis in full."""
+    shape = (4, 3, 2, 5, 2, 3)[:dims]
+    ranges = (2, *(1,) * (dims - 2), shape[-1]) if dims > 1 else (2,)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    ends = [torch.full(ranges, v, device=device, requires_grad=True) for v in (-1.0, 0.7)]
+    actual = asymq.fake_quantize_min_max(x, *ends, bits=3)
+    expected = reference.fake_quantize_min_max(x, *ends, bits=3)
+    assert_bit_equal(actual, expected)
+    for a, e in zip(
+        torch.autograd.grad(actual.sum(), (x, *ends)),
+        torch.autograd.grad(expected.sum(), (x, *ends)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_every_bit_width(bits, device):
+    """Against exact arithmetic: the same scale and offset, the quotient in float64."""
+    x = torch.randn(20_000, device=device)
+    scale = torch.tensor(6 / (2**bits - 1), device=device)
+    offset = torch.tensor(-0.4 * 2**bits, device=device)
+    actual = asymq.fake_quantize_scale_offset(x, scale, offset, bits=bits)
+    exact = [t.double() for t in (x, scale, offset)]
+    expected = reference.fake_quantize_scale_offset(*exact, bits=bits)
+    assert_on_grid(actual, expected, exact[0] / exact[1], exact[1])
+    codes = asymq.quantize(x, scale, offset, bits=bits)
+    assert codes.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+    assert codes.min() == 0 and codes.max() == 2**bits - 1
+    codes = asymq.quantize(x, scale / 2, bits=bits)
+    assert codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
+    assert -codes.min() == codes.max() == 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("sample", [s for s in EVERY if s.size != "millions"], ids=str)
+def test_codes_equal_reference(sample, device):
+    """effective_scale_offset, quantize and dequantize over the same table."""
+    x, parameters, _ = sample.build(device, requires_grad=False)
+    symmetric = sample.spec.function.startswith("symmetric")
+    name = sample.spec.function
+    if symmetric:
+        name = {"scale": "scale_offset", "max": "min_max", "gamma": "beta_gamma"}[name[10:]]
+    options = {"bits": sample.bits, "symmetric": symmetric, "sigmoid": sample.spec.sigmoid}
+    scale, offset = asymq.effective_scale_offset(name, *parameters, **options)
+    expected = reference.effective_scale_offset(name, *parameters, **options)
+    assert (offset is None) == symmetric
+    for a, e in zip((scale, offset), expected, strict=True):
+        if sample.spec.sigmoid and parameters[0].dtype == torch.float64:
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=0)
+        elif a is not None:
+            assert_bit_equal(a, e)
+
+    codes = asymq.quantize(x, scale, offset, bits=sample.bits)
+    assert_bit_equal(codes.int(), reference.quantize(x, scale, offset, bits=sample.bits).int())
+    assert codes.dtype == reference.quantize(x, scale, offset, bits=sample.bits).dtype
+    values = asymq.dequantize(codes, scale, offset, bits=sample.bits)
+    assert_bit_equal(values, reference.dequantize(codes, scale, offset, bits=sample.bits))
+    assert values.dtype == scale.dtype
+
+
+def test_codes_of_awkward_values(device):
+    x = torch.tensor([NAN, INF, -INF, 0.0, 1e30], device=device)
+    scale, offset = torch.tensor(0.5, device=device), torch.tensor(-3.0, device=device)
+    assert asymq.quantize(x, scale, offset, bits=4).tolist() == [0, 15, 0, 3, 15]
+    assert asymq.quantize(x, scale, bits=4).tolist() == [0, 7, -7, 0, 7]
+    assert asymq.quantize(x, scale, offset * NAN, bits=4).tolist() == [0] * 5
+    assert asymq.quantize(x, scale, offset * INF, bits=4)[3:].tolist() == [15, 15]
+
+
+def test_codes_have_no_gradient(device):
+    x = torch.randn(8, device=device, requires_grad=True)
+    scale = torch.tensor(0.5, device=device, requires_grad=True)
+    codes = asymq.quantize(x, scale, bits=4)
+    assert not codes.requires_grad
+    assert not asymq.dequantize(codes, scale, bits=4).requires_grad
+
+
+def test_inputs_are_left_alone(device):
+    sample = Sample("beta_gamma", granularity="last", values="nan")
+    x, parameters, grad = sample.build(device)
+    before = [t.detach().clone() for t in (x, *parameters, grad)]
+    gradients(sample, asymq, x, parameters, grad)
+    for tensor, copy in zip((x, *parameters, grad), before, strict=True):
+        assert_bit_equal(tensor, copy)

@@ -1,0 +1,155 @@
+"""A wheel built from this checkout, installed where nothing of the checkout can be seen."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, cwd, **environment):
+    """Without the variables that would lead back to this checkout."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def checked(*command, cwd, **environment):
+    result = run(*command, cwd=cwd, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """CPU only: compiling the kernels for the GPU again would show nothing more."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    names = ("csrc", "cuda", "python", "setup.py", "pyproject.toml", "CMakeLists.txt")
+    names += ("README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in")
+    source.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "lib", "include", "share", "_build.py", "*.so")
+    for path in (ROOT / name for name in names):
+        if path.is_dir():
+            built = ignore if path.name == "python" else None
+            shutil.copytree(path, source / path.name, ignore=built)
+        elif path.exists():
+            shutil.copy(path, source)
+    checked(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
+        *("--wheel-dir", folder, source),
+        cwd=folder,
+        ASYMQ_CUDA="OFF",
+    )
+    (wheel,) = folder.glob("asymq-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    """The interpreter of a fresh environment with the wheel; torch is borrowed, after it on the
+    path."""
+    folder = tmp_path_factory.mktemp("installed")
+    checked(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    site = Path(
+        checked(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder)[:-1]
+    )
+    checked(
+        *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel), cwd=folder
+    )
+    borrowed = {sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parents[1])}
+    # Only the folders: the .pth files in them, an editable asymq's among them, are not followed.
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    return python
+
+
+STEP = """
+import asymq, torch
+x = torch.tensor([-9.0, 0.3, 9.0], requires_grad=True)
+ends = [torch.tensor(v, requires_grad=True) for v in (-1.0, 2.0)]
+xhat = asymq.fake_quantize_min_max(x, *ends, bits=2)
+xhat.sum().backward()
+print(asymq.__file__)
+print(xhat.tolist(), x.grad.tolist(), [e.grad.item() for e in ends])
+"""
+
+
+def test_forward_and_backward(python):
+    site = python.parents[1]
+    file, values = checked(python, "-c", STEP, cwd=site).splitlines()
+    assert file.startswith(str(site))
+    xhat, rest = values.split("] ", 1)
+    assert xhat == "[-1.0, 0.0, 2.0"
+    assert rest.startswith("[0.0, 1.0, 0.0] [1.1")
+
+
+def test_info(python):
+    text = checked(python, "-m", "asymq", "--info", cwd=python.parent)
+    for expected in ("asymq", f"torch {torch.__version__}", "CUDA", str(python.parents[1])):
+        assert expected in " ".join(text.split())
+
+
+def test_cmake_package_and_types_are_in_the_wheel(python):
+    prefix = Path(checked(python, "-m", "asymq", "--cmake-prefix-path", cwd=python.parent).strip())
+    assert prefix.is_relative_to(python.parents[1])
+    assert list(prefix.rglob("asymqConfig.cmake"))
+    package = next(python.parents[1].rglob("site-packages/asymq"))
+    assert (package / "py.typed").exists()
+    assert (package / "include" / "asymq" / "asymq.h").exists()
+
+
+def test_exported_files_hold_no_build_paths(wheel, python):
+    package = next(python.parents[1].rglob("site-packages/asymq"))
+    files = [p for p in package.rglob("*") if p.suffix in (".cmake", ".py", ".h")]
+    for path in files:
+        for folder in (str(wheel.parent), str(ROOT)):
+            assert folder.encode() not in path.read_bytes(), f"{path.name} names {folder}"
+
+
+def test_another_torch_is_one_clear_sentence(python, tmp_path):
+    """Instead of an undefined symbol."""
+    package = next(python.parents[1].rglob("site-packages/asymq"))
+    shutil.copytree(package, tmp_path / "asymq")
+    build = tmp_path / "asymq" / "_build.py"
+    build.write_text(build.read_text().replace(torch.__version__, "2.3.1+cu118"))
+    result = run(python, "-c", "import asymq", cwd=tmp_path)
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: asymq")
+    for part in ("2.3.1", torch.__version__, "pip install"):
+        assert part in message
+
+
+def test_a_missing_library_is_one_clear_sentence(python, tmp_path):
+    package = next(python.parents[1].rglob("site-packages/asymq"))
+    shutil.copytree(package, tmp_path / "asymq", ignore=shutil.ignore_patterns("*.so"))
+    result = run(python, "-c", "import asymq", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "libasymq.so" in result.stderr.strip().splitlines()[-1]
+
+
+def test_isolated_build_names_the_missing_flag(tmp_path):
+    """Plain `pip install .` gives the build setuptools and no torch."""
+    (tmp_path / "CMakeLists.txt").write_text((ROOT / "CMakeLists.txt").read_text())
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    for name in ("setuptools", "_distutils_hack", "wheel"):
+        package = Path(importlib.util.find_spec(name).origin).parent
+        (tmp_path / name).symlink_to(package)
+    result = run(sys.executable, "-S", "setup.py", "--version", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "--no-build-isolation" in result.stderr.strip().splitlines()[-1]

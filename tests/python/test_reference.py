@@ -1,0 +1,114 @@
+"""The reference against reverse-mode differentiation of eq. 1, which knows no hand-written row."""
+
+import pytest
+import torch
+from compare import assert_bit_equal, spread
+from samples import GRANULARITIES, PARAMETERIZATIONS, Sample
+
+from asymq import reference
+
+
+def _round(u):
+    """rint with the straight-through gradient."""
+    return u + (u.round() - u).detach()
+
+
+def _clip(q, low, high):
+    """Gradient 1 on the closed interval, 0 outside, whatever torch.clamp does at the bounds."""
+    inside = (q >= low) & (q <= high)
+    return torch.where(inside, q, q.detach().clamp(low, high))
+
+
+def _compose(name, k, x, *p):
+    """Eq. 1 after the formulas of eqs. 1, 3, 9 and Table 3, float64, ranges of x's shape."""
+    if name.endswith("sigmoid"):
+        learned = (len(p) + 1) // 2
+        p = (*(v.sigmoid() for v in p[:learned]), *p[learned:])
+        name = name.removesuffix("_sigmoid")
+    match name:
+        case "scale_offset":
+            s, z = p
+        case "min_max":
+            s = (p[1] - p[0]) / k
+            z = p[0] / s
+        case "beta_gamma":
+            s = (p[1] * p[3] - p[0] * p[2]) / k
+            z = p[0] * p[2] / s
+        case "kscale_koffset":
+            s, z = p[0] / k, k * p[1]
+        case _:
+            s = {
+                "symmetric_scale": lambda s: s,
+                "symmetric_max": lambda high: 2 * high / k,
+                "symmetric_gamma": lambda gamma, high: 2 * gamma * high / k,
+            }[name](*p)
+            return s * _clip(_round(x / s), -(k - 1) / 2, (k - 1) / 2)
+    return s * (_clip(_round(x / s) - _round(z), 0, k) + _round(z))
+
+
+@pytest.mark.parametrize("range", ["straddle", "positive", "negative"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_equals_autograd_of_the_composition(name, granularity, range):
+    sample = Sample(name, "float64", granularity, bits=4, range=range)
+    x, parameters, grad = sample.build()
+    learned = parameters[: len(sample.spec.learned)]
+    actual = sample.call(reference, x, *parameters)
+    expected = _compose(name, 15, x, *(spread(p, x.shape) for p in parameters))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for a, e in zip(
+        torch.autograd.grad(actual, (x, *learned), grad),
+        torch.autograd.grad(expected, (x, *learned), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("low, high", [(0.7, 0.7), (500.0, 500.0), (0.5, -1.0), (1e4, -1e4)])
+def test_collapsed_and_reversed_ranges_recover(low, high):
+    """Outside, θmin and θmax together get the whole gradient, in shares of at most ζ/k beyond
+    0 and 1: nothing is amplified by the tiny scale and nothing is lost."""
+    x = torch.linspace(-2, 2, 101)
+    ends = [torch.full_like(x, v, requires_grad=True) for v in (low, high)]
+    xhat = reference.fake_quantize_min_max(x, *ends, bits=8)
+    d_low, d_high = torch.autograd.grad(xhat.sum(), ends)
+    outside = d_low + d_high
+    assert ((outside - 1).abs() < 1e-6).sum() >= 99
+    assert (d_low.abs() <= 1 + 0.5 / 255).all() and (d_high.abs() <= 1 + 0.5 / 255).all()
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_gradients_stay_off_unless_asked_for(name):
+    sample = Sample(name)
+    x, parameters, grad = sample.build(requires_grad=False)
+    assert not sample.call(reference, x, *parameters).requires_grad
+    x.requires_grad_()
+    (grad_x,) = torch.autograd.grad(sample.call(reference, x, *parameters), x, grad)
+    assert grad_x.shape == x.shape
+
+
+@pytest.mark.parametrize("granularity", ["one", "axis0", "groups"])
+def test_compiles(granularity):
+    """It is the compiled baseline of the benchmarks."""
+    sample = Sample("beta_gamma_sigmoid", granularity=granularity)
+    x, parameters, grad = sample.build()
+
+    def step(call):
+        y = call(reference, x, *parameters)
+        return y, *torch.autograd.grad(y, (x, *parameters[:2]), grad)
+
+    torch.compiler.reset()
+    compiled = torch.compile(sample.call, fullgraph=True, dynamic=False, backend="aot_eager")
+    for actual, expected in zip(step(compiled), step(sample.call), strict=True):
+        assert_bit_equal(actual, expected)
+
+
+def test_errors():
+    x = torch.zeros(4, 6)
+    with pytest.raises(RuntimeError, match=r"\[4, 4\] do not divide x's shape \[4, 6\]"):
+        reference.fake_quantize_symmetric_scale(x, torch.ones(4, 4), bits=8)
+    one = torch.ones(1)
+    with pytest.raises(RuntimeError, match="max must not require grad"):
+        reference.fake_quantize_symmetric_gamma(x, one, one.clone().requires_grad_(), bits=8)
+    with pytest.raises(ValueError, match="'kscale_koffset' with symmetric=True"):
+        reference.effective_scale_offset("kscale_koffset", one, bits=8, symmetric=True)
