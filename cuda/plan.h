@@ -138,11 +138,11 @@ inline Plan make_plan(const detail::Layout& layout, int element_size, bool align
     plan.path = Path::kWarpRows;
     plan.lanes = row_lanes(vectors, rows > multiprocessors * kWarp);
     plan.rows_per_warp = kWarp / plan.lanes;
-    // Backward, enough work to be worth the gradients of the rows, which lanes compute side by
-    // side.
-    while (sums && plan.rows_per_warp < kWarp &&
-           plan.rows_per_warp * vectors < kWarp * 3 * kUnroll &&
-           rows / plan.rows_per_warp > multiprocessors * 32) {
+    // More rows than read at a time, where that is needed to be worth their grids and, backward,
+    // their gradients, which the lanes compute side by side.
+    while (plan.rows_per_warp < kWarp &&
+           plan.rows_per_warp * vectors < kWarp * (sums ? 3 : 2) * kUnroll &&
+           rows / plan.rows_per_warp > multiprocessors * kWarp) {
       plan.rows_per_warp *= 2;
     }
     const int64_t warps = ceil_div(rows, plan.rows_per_warp);

@@ -122,7 +122,7 @@ TEST(Parameterization, GuardKeepsNanAndRaisesTheRest) {
 
 TEST(Parameterization, MinMaxGridAndGradient) {
   // s = 0.5 and z = -2.5, a tie: n = -2, zeta = 0.5.
-  const QuantizerKind kind{position_of("min_max"), 4, 1e-8};
+  const QuantizerKind kind = asymq::make_kind(position_of("min_max"), 4, 1e-8);
   const Range<float> range{-1.25f, 6.25f, 0, 0};
   const Grid<float> grid = asymq::make_grid<float>(kind, range);
   EXPECT_EQ(grid.scale, 0.5f);

@@ -48,11 +48,11 @@ const std::vector<Op>& ops() {
   return table;
 }
 
-const Op& op_named(const std::string& name) {
+const Op& op_named(std::string_view name) {
   for (const Op& op : ops()) {
     if (op.name == name) return op;
   }
-  throw std::invalid_argument("no operator named " + name);
+  throw std::invalid_argument("no operator named " + std::string(name));
 }
 
 std::ostream& operator<<(std::ostream& out, const Op& op) { return out << op.name; }

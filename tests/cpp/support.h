@@ -11,6 +11,7 @@
 #include <optional>
 #include <ostream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "asymq/asymq.h"
@@ -44,7 +45,7 @@ struct Op {
 };
 
 const std::vector<Op>& ops();
-const Op& op_named(const std::string& name);
+const Op& op_named(std::string_view name);
 std::ostream& operator<<(std::ostream& out, const Op& op);
 
 // CPU, and CUDA where there is one.
