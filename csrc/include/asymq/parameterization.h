@@ -2,12 +2,10 @@
 // three sums of a backward pass become the parameters' gradients. No torch in here.
 //
 // A parameterization is one struct with
-//   traits                 its public name and the names of its parameters,
-//   scale_offset(range)    parameters -> guarded scale s and offset z, in the parameters' type P
-//   and
-//                          exactly in the order written (CPU, CUDA and any reference round z
-//                          alike),
-//   gradient(...)          sums -> gradients of the learned parameters, in double.
+//   traits               its public name and the names of its parameters,
+//   scale_offset(range)  parameters -> guarded scale s and offset z, in the parameters' type P and
+//                        exactly in the order written: CPU, CUDA and reference must round z alike,
+//   gradient(...)        sums -> gradients of the learned parameters, in double,
 // and one entry in `Parameterizations` at the end.
 #pragma once
 
