@@ -29,40 +29,37 @@ def torch_root():
     return Path(spec.origin).parent
 
 
-def cmake_program():
-    program = shutil.which("cmake")
-    if program is None:
-        sys.exit("asymq is built with CMake 3.24 or later: install cmake (pip install cmake)")
-    return program
+def first_match(pattern, path):
+    return re.search(pattern, path.read_text(), re.MULTILINE).group(1)
 
 
 class CMakeBuild(build_ext):
     """Configures, builds and installs into the package folder."""
 
     def run(self):
-        package = Path(self.build_lib).resolve() / "asymq"
-        rpath = ""
-        if self.editable_mode:
-            package = ROOT / "python" / "asymq"
-            rpath = str(torch_root() / "lib")
-        version = re.search(r'"(.+)"', _torch_version_line()).group(1)
-        # One build tree per torch, so that rebuilding against another one starts afresh.
-        build = ROOT / "build" / f"torch-{version}"
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit("asymq is built with CMake 3.24 or later: install cmake (pip install cmake)")
+        torch = torch_root()
+        package = ROOT / "python" if self.editable_mode else Path(self.build_lib).resolve()
         options = {
-            "CMAKE_BUILD_TYPE": os.environ.get("ASYMQ_BUILD_TYPE", "Release"),
-            "CMAKE_INSTALL_PREFIX": str(package),
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_INSTALL_PREFIX": package / "asymq",
             "Python3_EXECUTABLE": sys.executable,
-            "ASYMQ_TORCH_ROOT": str(torch_root()),
+            "ASYMQ_TORCH_ROOT": torch,
             "ASYMQ_CUDA": os.environ.get("ASYMQ_CUDA", "AUTO"),
-            "ASYMQ_EXTRA_RPATH": rpath,
+            # In site-packages the library finds torch beside it, in a source folder it does not.
+            "ASYMQ_EXTRA_RPATH": torch / "lib" if self.editable_mode else "",
         }
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         print("asymq is configured with")
         for name, value in options.items():
             print(f"  {name} = {value}")
+        # One build tree per torch, so that building against another one starts afresh.
+        version = first_match(r"^__version__ = ['\"](.+)['\"]", torch / "version.py")
+        build = ROOT / "build" / f"torch-{version}"
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        cmake = cmake_program()
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         subprocess.check_call([cmake, "-S", ROOT, "-B", build, *generator, *definitions])
         subprocess.check_call([cmake, "--build", build, "--target", "asymq", "-j", jobs])
         subprocess.check_call([cmake, "--install", build])
@@ -87,14 +84,9 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def _torch_version_line():
-    text = (torch_root() / "version.py").read_text()
-    return re.search(r"^__version__ = .*$", text, re.M).group(0).replace("'", '"')
-
-
-torch_root()
+torch_root()  # before anything else, with its clear message
 setup(
-    version=re.search(r"VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_text()).group(1),
+    version=first_match(r"^project\(asymq VERSION ([\d.]+)", ROOT / "CMakeLists.txt"),
     ext_modules=[Extension("asymq.lib.libasymq", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )
