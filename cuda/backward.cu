@@ -47,7 +47,7 @@ struct Backward {
   /// Sums of partial (outer, inner) of a range: the gradient itself where there is only one.
   __device__ void store_sums(int64_t range, int64_t outer, int64_t inner,
                              const Sums<double>& sums) const {
-    if (partials.outer * partials.inner == 1) {
+    if (partials.count() == 1) {
       store_gradient(range, gradient_map(range), sums);
       return;
     }
@@ -89,7 +89,8 @@ struct SumsPerElement {
   }
 };
 
-/// `count` vectors, kInFlight at a time, the rest with fewer. Element i of each is on grids[i].
+/// `count` vectors, kInFlight at a time, the rest with fewer. Element i of each is on grids[i]. A
+/// thread's float sums may take kVectorsPerSum vectors.
 template <int kCount, int kInFlight, class S, class Grids, class Totals>
 __device__ __forceinline__ void backward_vectors(const S* grad, const S* x, S* dx, int count,
                                                  Steps stride, const Grids& grids,

@@ -62,11 +62,6 @@ __device__ __forceinline__ void with_fast_division(const Grid<T>& grid, const Bo
   body(grid);
 }
 
-/// Asks for a line of memory that will be read soon.
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 template <class T>
 __device__ __forceinline__ Grid<T> shuffle(const Grid<T>& grid, int lane) {
   return {__shfl_sync(~0u, grid.scale, lane), __shfl_sync(~0u, grid.lower, lane),
@@ -78,6 +73,13 @@ __device__ __forceinline__ void add(Sums<A>& sums, const Sums<B>& terms) {
   sums.inside += terms.inside;
   sums.below += terms.below;
   sums.above += terms.above;
+}
+
+template <class T>
+__device__ __forceinline__ void add(Sums<T>& sums, const ElementGradient<T>& term) {
+  sums.inside = fma(term.x, term.rounding, sums.inside);
+  sums.below += term.below;
+  sums.above += term.above;
 }
 
 /// One grid for all elements of a vector, where others have an array of grids.
@@ -114,13 +116,6 @@ __device__ __forceinline__ Grid<T> make_block_grid(const QuantizerKind& kind,
   }
   __syncthreads();
   return grid;
-}
-
-template <class T>
-__device__ __forceinline__ void add(Sums<T>& sums, const ElementGradient<T>& term) {
-  sums.inside = fma(term.x, term.rounding, sums.inside);
-  sums.below += term.below;
-  sums.above += term.above;
 }
 
 /// The part of x that a block of a columns kernel works on.
