@@ -48,8 +48,7 @@ class CMakeBuild(build_ext):
             "Python3_EXECUTABLE": sys.executable,
             "ASYMQ_TORCH_ROOT": torch,
             "ASYMQ_CUDA": os.environ.get("ASYMQ_CUDA", "AUTO"),
-            # In site-packages the library finds torch beside it, in a source folder it does not.
-            "ASYMQ_EXTRA_RPATH": torch / "lib" if self.editable_mode else "",
+            "ASYMQ_EDITABLE": "ON" if self.editable_mode else "OFF",
         }
         print("asymq is configured with")
         for name, value in options.items():

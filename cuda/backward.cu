@@ -319,6 +319,19 @@ __global__ void __launch_bounds__(kFinishThreads) finish(int64_t ranges, Backwar
   if (threadIdx.y == 0 && range < ranges) op.store_gradient(range, map, shared[me]);
 }
 
+/// Whether the code of `finish` that the device runs waits for the pass before it: code for 9.0 and
+/// later does, also where the driver compiled it from PTX; code for 8.0 run on a later device does
+/// not.
+template <class S, class P>
+bool finish_waits() {
+  static const bool waits = [] {
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, finish<S, P>) == cudaSuccess &&
+           attributes.ptxVersion >= 90;
+  }();
+  return waits;
+}
+
 template <bool kVectorized, class S, class P>
 void launch_shaped(const Plan& plan, const Backward<S, P>& op, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(plan.blocks);
@@ -371,7 +384,7 @@ void launch_backward(const Plan& plan, const Layout& layout, const QuantizerKind
     config.blockDim = dim3(width, kFinishThreads / width);
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = plan.overlaps ? 1 : 0;
+    config.numAttrs = plan.overlaps && finish_waits<S, P>() ? 1 : 0;
     cudaLaunchKernelEx(&config, finish<S, P>, layout.ranges, op);
   }
 }

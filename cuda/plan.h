@@ -26,7 +26,7 @@ constexpr int kSpanBlocks = 3;
 constexpr int kColumnBlocks = 2;
 
 /// Sums are gathered in float over at most this many vectors per thread before they become double.
-constexpr int64_t kVectorsPerSum = 64;
+constexpr int64_t kVectorsPerSum = 32;
 
 enum class Path {
   kWarpRows,  ///< x is rows of one range each: lanes of a warp share a row

@@ -1,4 +1,5 @@
-# Defines the imported target asymq::libtorch and ASYMQ_TORCH_VERSION, ASYMQ_TORCH_HAS_CUDA.
+# Defines the imported target asymq::libtorch and ASYMQ_TORCH_VERSION, ASYMQ_TORCH_HAS_CUDA,
+# ASYMQ_TORCH_CUDA_MAJOR.
 #
 # torch's own CMake package is not used: that of a CUDA wheel fails on a machine without the CUDA
 # toolkit, and where there is one it overrides CMAKE_CUDA_ARCHITECTURES.
@@ -23,6 +24,9 @@ endif()
 
 file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_version REGEX "^__version__ = ")
 string(REGEX REPLACE ".*'([^']+)'.*" "\\1" ASYMQ_TORCH_VERSION "${asymq_torch_version}")
+
+file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_cuda REGEX "^cuda[: ].*= ")
+string(REGEX MATCH "[0-9]+" ASYMQ_TORCH_CUDA_MAJOR "${asymq_torch_cuda}")
 
 add_library(asymq::libtorch INTERFACE IMPORTED)
 target_include_directories(asymq::libtorch SYSTEM INTERFACE

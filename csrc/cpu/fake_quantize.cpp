@@ -26,8 +26,8 @@ using detail::Layout;
 using detail::RangePointers;
 
 constexpr int64_t kTaskElements = 32768;
-constexpr int64_t kMaxSlabs = 64;  // bounds the workspace of partial sums
-constexpr int64_t kBlock = 512;    // elements that pass through buffers at a time
+constexpr int64_t kEnoughTasks = 64;  // to keep any number of threads busy
+constexpr int64_t kBlock = 512;       // elements that pass through buffers at a time
 static_assert(kBlock <= cpu::kMaxRun);
 
 template <class S>
@@ -43,22 +43,28 @@ struct Position {
   }
 };
 
-/// How the loops are cut: pieces of the outermost one, and of the second where the outermost
-/// selects ranges and is short. Pieces of a loop that stays within ranges are slabs: each sums for
-/// itself.
+/// How the loops are cut: into pieces of the outermost one and, where those are too few, of the
+/// second. Pieces of a loop that stays within ranges are slabs, each of which sums for itself.
 class Tasks {
  public:
   explicit Tasks(const Layout& layout) : layout_(layout) {
     if (layout.numel == 0) return;
     pieces_[0] = pieces_[1] = 1;
-    if (layout.ndim == 0) return;
     const int64_t wanted = (layout.numel + kTaskElements - 1) / kTaskElements;
-    const Dim& outer = layout.dims[0];
-    pieces_[0] = std::min(wanted, outer.size);
-    if (outer.range_stride == 0) {
-      pieces_[0] = slabs_ = std::min(pieces_[0], kMaxSlabs);
-    } else if (pieces_[0] == outer.size && layout.ndim > 1 && layout.dims[1].range_stride == 0) {
-      pieces_[1] = slabs_ = std::min({wanted / pieces_[0] + 1, layout.dims[1].size, kMaxSlabs});
+    // The slabs' sums shall be small beside x.
+    const int64_t most_slabs =
+        std::clamp<int64_t>(layout.numel / (64 * layout.ranges), 1, kEnoughTasks);
+    for (int i = 0; i < std::min(layout.ndim, 2); ++i) {
+      const Dim& dim = layout.dims[i];
+      const int64_t more = i == 0 ? wanted : (std::min(wanted, kEnoughTasks) - 1) / pieces_[0] + 1;
+      pieces_[i] = std::min(more, dim.size);
+      if (dim.range_stride != 0) continue;
+      if (slabs_ > 1) {
+        pieces_[i] = 1;
+        continue;
+      }
+      pieces_[i] = slabs_ = std::min(pieces_[i], most_slabs);
+      slab_loop_ = i;
     }
   }
 
@@ -82,7 +88,7 @@ class Tasks {
       start = start.advanced(dim, begin);
       dim.size = dim.size * (piece[i] + 1) / pieces_[i] - begin;
     }
-    const int64_t slab = slabs_ == 1 ? 0 : (pieces_[1] > 1 ? piece[1] : piece[0]);
+    const int64_t slab = slabs_ == 1 ? 0 : piece[slab_loop_];
 
     int64_t index[detail::kMaxDims] = {};
     while (true) {
@@ -107,6 +113,7 @@ class Tasks {
   const Layout& layout_;
   int64_t pieces_[2] = {0, 0};
   int64_t slabs_ = 1;
+  int slab_loop_ = 0;
 };
 
 /// The grids of all ranges.

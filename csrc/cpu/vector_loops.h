@@ -35,7 +35,7 @@ struct SumColumns {
 
 /// Sums are gathered in the compute type over at most this many terms each, then added in double:
 /// longer float runs miss the accuracy that constant terms need.
-constexpr int64_t kTermsPerSum = 64;
+constexpr int64_t kTermsPerSum = 32;
 
 /// Elements that one call of backward_run may take: its 16 sums of kTermsPerSum terms.
 constexpr int64_t kSumsPerRun = 16;

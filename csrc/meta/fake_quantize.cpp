@@ -26,13 +26,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_meta(
   check_fake_quantize(x, {first, second, min, max}, parameterization, bits, eps);
   check_grad(grad, x, parameterization);
   return {needs[0] ? at::empty_like(x) : at::Tensor(), needs[1] ? like_range(first) : at::Tensor(),
-          needs[2] ? like_range(*second) : at::Tensor()};
+          needs[2] ? like_range(first) : at::Tensor()};
 }
 
 at::Tensor quantize_meta(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
                          int64_t bits, double eps) {
-  check_quantize("quantize", x, scale, offset, bits, eps);
-  return at::empty_like(x, x.options().dtype(code_dtype(bits, !offset.has_value())));
+  const QuantizerKind kind = check_quantize("quantize", x, scale, offset, bits, eps);
+  return at::empty_like(x, x.options().dtype(code_dtype(bits, is_symmetric(kind))));
 }
 
 at::Tensor dequantize_meta(const at::Tensor& codes, const at::Tensor& scale,

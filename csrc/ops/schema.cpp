@@ -2,7 +2,8 @@
 //
 // The public fake-quantize functions decompose into one private operator, `_fake_quantize`, whose
 // `parameterization` is a position in Parameterizations (parameterization.h) and whose first and
-// second are the learned parameters. Autograd, CPU, CUDA and Meta know that operator alone.
+// second are the learned parameters. Of them, autograd, CPU, CUDA and Meta know only that one and
+// its backward.
 #include <torch/library.h>
 
 TORCH_LIBRARY(asymq, m) {

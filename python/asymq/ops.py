@@ -2,8 +2,8 @@
 
 Common to all functions:
 
-- ``x`` is float32, float64, bfloat16 or float16, of any shape and strides, on CPU or CUDA. The
-  result has x's shape and dtype and the strides of ``torch.empty_like(x)``.
+- ``x`` is float32, float64, bfloat16 or float16, of any strides and up to 16 dimensions, on CPU or
+  CUDA. The result has x's shape and dtype and the strides of ``torch.empty_like(x)``.
 - Range tensors are float32 (float64 allowed where x is float64), on x's device, all of one shape,
   which is the granularity: one element (per tensor), or x's number of dimensions with each size 1,
   x's size there, or a divisor of it (blocks). ``[C, 1]`` is per row, ``[1, C]`` per column,

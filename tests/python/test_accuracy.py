@@ -57,6 +57,36 @@ def test_sums_of_constant_terms(shape, ranges, dtype, device):
         assert ((d_offset - expected).abs() <= 1e-6 * expected).all()
 
 
+def rounded_down_every_time(count):
+    """float32 terms near 1 whose float32 running sum is rounded down by the most at every step."""
+    terms, total = [], torch.zeros((), dtype=torch.float32)
+    candidates = 1 + torch.arange(-64, 64) * 2.0**-23
+    for _ in range(count):
+        sums = total + candidates
+        lost = total.double() + candidates.double() - sums.double()
+        terms.append(candidates[lost.argmax()])
+        total = total + terms[-1]
+    return torch.stack(terms)
+
+
+@pytest.mark.parametrize("ranges", [(1,), (1, 32), (64, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["worst constant", "worst terms"])
+def test_sums_of_terms_that_all_round_one_way(kind, ranges, device):
+    """The same bound for terms chosen against short float32 sums."""
+    terms = torch.full((64,), 1.939434) if kind == "worst constant" else rounded_down_every_time(64)
+    g = terms[:, None].expand(64, 32).contiguous().to(device)
+    x = torch.full((64, 32), 50.0, device=device)
+    low = torch.full(ranges, -1.0, device=device, requires_grad=True)
+    high = torch.full(ranges, 1.0, device=device, requires_grad=True)
+    xhat = asymq.fake_quantize_min_max(x, low, high, bits=8)
+    _, d_high = torch.autograd.grad(xhat, (low, high), g)
+    # Above the range every term is multiplied by 1 + ζ/k, ζ = rint(z) - z.
+    _, offset = asymq.effective_scale_offset("min_max", low, high, bits=8)
+    zeta = offset.double().round() - offset.double()
+    expected = (1 + zeta / 255) * g.double().sum_to_size(ranges)
+    assert ((d_high.double() - expected).abs() <= 1e-6 * expected).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("granularity", ["one", "axis0", "last", "groups", "blocks_two"])
 def test_bitwise_repeatable(granularity, dtype, device):

@@ -1,9 +1,8 @@
 // Differentiable fake-quantize with learnable ranges, for LibTorch.
 //
 // Common to all functions
-//   x       float32, float64, bfloat16 or float16, any shape and strides, CPU or CUDA. The result
-//   has
-//           x's shape and dtype and the strides of empty_like(x).
+//   x       float32, float64, bfloat16 or float16, any strides, up to 16 dimensions, CPU or CUDA.
+//           The result has x's shape and dtype and the strides of empty_like(x).
 //   ranges  float32 (float64 allowed where x is float64), on x's device, all of one shape, which is
 //           the granularity: one element (per tensor), or x's number of dimensions with each size
 //           1, x's size there, or a divisor of it (blocks). [C, 1] is per row, [1, C] per column,
