@@ -38,27 +38,18 @@ def main():
     ops.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    ops.add_argument(
-        "--only",
-        type=names(benchmark_ops.METHODS),
-        metavar="METHOD,...",
-        default=list(benchmark_ops.METHODS),
-        help=", ".join(benchmark_ops.METHODS),
-    )
-    ops.add_argument(
-        "--dtype",
-        type=names(benchmark_ops.DTYPES),
-        metavar="DTYPE,...",
-        default=list(benchmark_ops.DTYPES),
-        help=", ".join(benchmark_ops.DTYPES),
-    )
-    ops.add_argument(
-        "--granularity",
-        type=names(benchmark_ops.GRANULARITIES),
-        metavar="GRANULARITY,...",
-        default=list(benchmark_ops.GRANULARITIES),
-        help=", ".join(benchmark_ops.GRANULARITIES),
-    )
+    for option, choices in {
+        "only": benchmark_ops.METHODS,
+        "dtype": benchmark_ops.DTYPES,
+        "granularity": benchmark_ops.GRANULARITIES,
+    }.items():
+        ops.add_argument(
+            f"--{option}",
+            type=names(choices),
+            metavar="NAME,...",
+            default=list(choices),
+            help=", ".join(choices),
+        )
     ops.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
     ops.add_argument("--quick", action="store_true", help="fewer sizes and shorter measurements")
     ops.add_argument(
