@@ -31,8 +31,12 @@ bool is_compute_dtype(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
-void check_scalars(const char* prefix, const char* op, int64_t bits, double eps) {
+void check_bits(const char* prefix, const char* op, int64_t bits) {
   TORCH_CHECK(bits >= 2 && bits <= 16, prefix, op, ": bits must be between 2 and 16, got ", bits);
+}
+
+void check_scalars(const char* prefix, const char* op, int64_t bits, double eps) {
+  check_bits(prefix, op, bits);
   TORCH_CHECK(eps > 0 && std::isfinite(eps), prefix, op, ": eps must be positive and finite, got ",
               eps);
 }
@@ -101,6 +105,17 @@ const Traits& traits_of(int64_t parameterization) {
   return Parameterizations::traits[parameterization];
 }
 
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
+                              bool sigmoid) {
+  const int id = find_parameterization(family, symmetric, sigmoid);
+  TORCH_CHECK(
+      id >= 0, "asymq::", op,
+      ": parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
+      "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
+      family, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
+  return id;
+}
+
 QuantizerKind check_fake_quantize(const at::Tensor& x, const RangeTensors& ranges,
                                   int64_t parameterization, int64_t bits, double eps) {
   constexpr const char* prefix = "asymq::fake_quantize_";
@@ -121,6 +136,18 @@ QuantizerKind check_ranges(const RangeTensors& ranges, int64_t parameterization,
   check_scalars(prefix, traits.name, bits, eps);
   check_alike(prefix, traits.name, name_ranges(traits, prefix, ranges), true);
   return make_kind(parameterization, bits, eps);
+}
+
+void check_ends(const char* op, const at::Tensor& min, const at::Tensor& max, int64_t bits) {
+  check_bits("asymq::", op, bits);
+  TORCH_CHECK(min.is_floating_point(), "asymq::", op, ": min must be floating, got ",
+              min.scalar_type());
+  TORCH_CHECK(max.scalar_type() == min.scalar_type(), "asymq::", op, ": max must have min's dtype ",
+              min.scalar_type(), ", got ", max.scalar_type());
+  TORCH_CHECK(max.device() == min.device(), "asymq::", op, ": max must be on min's device ",
+              min.device(), ", got ", max.device());
+  TORCH_CHECK(max.sym_sizes() == min.sym_sizes(), "asymq::", op, ": max must have min's shape ",
+              min.sym_sizes(), ", got ", max.sym_sizes());
 }
 
 void check_grad(const at::Tensor& grad, const at::Tensor& x, int64_t parameterization) {

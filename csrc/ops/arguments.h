@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "asymq/detail/layout.h"
@@ -16,6 +17,10 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 /// Names of the parameterization at this position of Parameterizations; throws outside it.
 const Traits& traits_of(int64_t parameterization);
+
+/// Position of the parameterization that users name by its family; throws where there is none.
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
+                              bool sigmoid);
 
 /// The range tensors of one call, in the order of the private operators' arguments.
 struct RangeTensors {
@@ -32,6 +37,9 @@ QuantizerKind check_fake_quantize(const at::Tensor& x, const RangeTensors& range
 /// The same for the ranges alone, as effective_scale_offset has them.
 QuantizerKind check_ranges(const RangeTensors& ranges, int64_t parameterization, int64_t bits,
                            double eps);
+
+/// Checks the ends of the ranges that parameters are wanted for.
+void check_ends(const char* op, const at::Tensor& min, const at::Tensor& max, int64_t bits);
 
 /// Checks that an upstream gradient fits x.
 void check_grad(const at::Tensor& grad, const at::Tensor& x, int64_t parameterization);

@@ -2,18 +2,19 @@
 // public operators into the private ones.
 #include "asymq/fake_quantize.h"
 
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <string>
 
 #include "asymq/parameterization.h"
+#include "ops/arguments.h"
 #include "ops/fake_quantize.h"
 
 namespace asymq {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
@@ -35,6 +36,13 @@ std::vector<at::Tensor> effective_scale_offset_list(std::string_view parameteriz
   return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
                             : std::vector<at::Tensor>{scale};
 }
+
+/// A new tensor of `like`'s shape and dtype, never an alias of an argument.
+at::Tensor new_like(const at::Tensor& like, const at::Tensor& values) {
+  return values.to(like.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+}
+
+at::Tensor new_like(const at::Tensor& like, double value) { return at::full_like(like, value); }
 
 }  // namespace
 
@@ -112,12 +120,8 @@ std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view p
                                                               int64_t bits, bool symmetric,
                                                               bool sigmoid, double eps) {
   constexpr const char* prefix = "asymq::effective_scale_offset: ";
-  const int64_t id = find_parameterization(parameterization, symmetric, sigmoid);
-  TORCH_CHECK(
-      id >= 0, prefix,
-      "parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
-      "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
-      parameterization, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
+  const int64_t id =
+      find_parameterization("effective_scale_offset", parameterization, symmetric, sigmoid);
   const Traits& traits = Parameterizations::traits[id];
   size_t used = 0;
   const auto take = [&](const char* name) -> OptionalTensor {
@@ -141,6 +145,22 @@ std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view p
   return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};
 }
 
+std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
+                                            const at::Tensor& min, const at::Tensor& max,
+                                            int64_t bits, bool symmetric, bool sigmoid) {
+  constexpr const char* op = "parameters_of_range";
+  const int64_t id = find_parameterization(op, parameterization, symmetric, sigmoid);
+  check_ends(op, min, max, bits);
+  const at::Tensor low = min.detach().to(at::kDouble), high = max.detach().to(at::kDouble);
+  std::vector<at::Tensor> result;
+  visit_parameterization(id, Parameterizations{}, [&](auto visited) {
+    const auto [first, second] = visited.first_values(low, high, grid_steps<double>(bits));
+    result.push_back(new_like(max, first));
+    if (visited.traits.second[0] != '\0') result.push_back(new_like(max, second));
+  });
+  return result;
+}
+
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
   m.impl("fake_quantize_scale_offset", fake_quantize_scale_offset);
   m.impl("fake_quantize_min_max", fake_quantize_min_max);
@@ -150,6 +170,7 @@ TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
   m.impl("fake_quantize_symmetric_max", fake_quantize_symmetric_max);
   m.impl("fake_quantize_symmetric_gamma", fake_quantize_symmetric_gamma);
   m.impl("effective_scale_offset", effective_scale_offset_list);
+  m.impl("parameters_of_range", parameters_of_range);
 }
 
 }  // namespace asymq

@@ -34,6 +34,9 @@ TORCH_LIBRARY(asymq, m) {
   define(
       "effective_scale_offset(str parameterization, Tensor[] parameters, int bits, "
       "bool symmetric=False, bool sigmoid=False, float eps=1e-8) -> Tensor[]");
+  define(
+      "parameters_of_range(str parameterization, Tensor min, Tensor max, int bits, "
+      "bool symmetric=False, bool sigmoid=False) -> Tensor[]");
 
   define("quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> Tensor");
   define(

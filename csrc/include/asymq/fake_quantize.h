@@ -21,6 +21,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 // The library hides what it does not declare here.
 #pragma GCC visibility push(default)
@@ -77,6 +78,17 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
 std::tuple<at::Tensor, std::optional<at::Tensor>> effective_scale_offset(
     std::string_view parameterization, at::TensorList parameters, int64_t bits,
     bool symmetric = false, bool sigmoid = false, double eps = 1e-8);
+
+/// The learned parameters that have the range [min, max], one or two in the order of the function
+/// of that name (Table 3): what learning starts from. A factor on constant ends starts at 1, or at
+/// 4 under a sigmoid, and `min` and `max` themselves are the constants, which are not returned.
+/// Symmetric parameterizations look at max alone.
+/// min and max are floating tensors of one shape, dtype and device, which the result has too. It is
+/// computed in double, without gradient, and max <= min is not repaired.
+std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
+                                            const at::Tensor& min, const at::Tensor& max,
+                                            int64_t bits, bool symmetric = false,
+                                            bool sigmoid = false);
 
 }  // namespace asymq
 

@@ -6,12 +6,16 @@
 //   scale_offset(range)  parameters -> guarded scale s and offset z, in the parameters' type P and
 //                        exactly in the order written: CPU, CUDA and reference must round z alike,
 //   gradient(...)        sums -> gradients of the learned parameters, in double,
+//   first_values(...)    ends of a range and k -> the learned parameters that have this range, for
+//                        double and for tensor types T; one that does not depend on the range is a
+//                        double,
 // and one entry in `Parameterizations` at the end.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <utility>
 
 #include "asymq/quant_math.h"
 
@@ -110,6 +114,11 @@ ASYMQ_HOST_DEVICE ScaleOffset<P> scale_offset_of_ends(P min, P max, P steps, P e
   return {scale, min / scale};
 }
 
+/// First value of a factor on a constant end: 1, or 4 under a sigmoid (Table 3), where it is nearly
+/// 1 and still learns: σ(4) = 0.982, so the range starts 2 % narrower than its ends.
+template <bool kSigmoid>
+inline constexpr double kFirstFactor = kSigmoid ? 4.0 : 1.0;
+
 struct ScaleOffsetParameterization {
   static constexpr Traits traits{"scale_offset", "scale_offset", false, false,
                                  "scale",        "offset",       "",    ""};
@@ -121,6 +130,11 @@ struct ScaleOffsetParameterization {
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
     return {scale_gradient(grid, sums), offset_gradient(grid, sums)};
+  }
+  template <class T>
+  static auto first_values(const T& low, const T& high, double steps) {
+    const T scale = (high - low) / steps;
+    return std::pair(scale, T(low / scale));
   }
 };
 
@@ -134,6 +148,10 @@ struct MinMax {
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
     return {min_gradient(grid, sums), max_gradient(grid, sums)};
+  }
+  template <class T>
+  static auto first_values(const T& low, const T& high, double) {
+    return std::pair(low, high);
   }
 };
 
@@ -156,6 +174,10 @@ struct BetaGamma {
     return {beta * range.min * min_gradient(grid, sums),
             gamma * range.max * max_gradient(grid, sums)};
   }
+  template <class T>
+  static auto first_values(const T&, const T&, double) {
+    return std::pair(kFirstFactor<kSigmoid>, kFirstFactor<kSigmoid>);
+  }
 };
 
 /// s = s'/k, z = k·z' (eq. 9): scale and offset freed of the bit width.
@@ -172,6 +194,11 @@ struct KscaleKoffset {
     return {scale_gradient(grid, sums) * grid.inverse_steps,
             grid.steps * offset_gradient(grid, sums)};
   }
+  template <class T>
+  static auto first_values(const T& low, const T& high, double) {
+    const T kscale = high - low;
+    return std::pair(kscale, T(low / kscale));
+  }
 };
 
 struct SymmetricScale {
@@ -186,6 +213,10 @@ struct SymmetricScale {
                                                   const Sums<double>& sums) {
     return {scale_gradient(grid, sums), 0.0};
   }
+  template <class T>
+  static auto first_values(const T&, const T& high, double steps) {
+    return std::pair(T(2.0 * high / steps), 0.0);
+  }
 };
 
 /// s = 2θmax/k (eq. 10 prints b for k; Table 3 shows that k is meant).
@@ -199,6 +230,10 @@ struct SymmetricMax {
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
     return {2.0 * grid.inverse_steps * scale_gradient(grid, sums), 0.0};
+  }
+  template <class T>
+  static auto first_values(const T&, const T& high, double) {
+    return std::pair(high, 0.0);
   }
 };
 
@@ -217,6 +252,10 @@ struct SymmetricGamma {
                                                   const Sums<double>& sums) {
     const double gamma = kSigmoid ? sigmoid_derivative(range.first) : 1.0;
     return {gamma * range.max * (2.0 * grid.inverse_steps) * scale_gradient(grid, sums), 0.0};
+  }
+  template <class T>
+  static auto first_values(const T&, const T&, double) {
+    return std::pair(kFirstFactor<kSigmoid>, 0.0);
   }
 };
 
