@@ -1,0 +1,255 @@
+"""Layers whose weight and output are quantized, with the parameter names of the float layers.
+
+`weight` and `output` are the specs of their quantizers, None where there is none. The
+quantizers are the submodules `weight_quantizer` and `output_quantizer`, or None.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymq.quantizer import NormWeightQuantizer, QuantAct, WeightQuantizer
+from asymq.specs import PerChannel, QuantSpec
+
+# What a layer gets where nothing is said (the paper's section 4).
+WEIGHT = QuantSpec(bits=4, symmetric=True, granularity=PerChannel())
+NORM_WEIGHT = QuantSpec(bits=12)
+
+
+def _adopt(target: nn.Module, source: nn.Module) -> None:
+    """Gives target all that source has: the same parameters and submodules, hooks, attributes."""
+    for key, value in vars(source).items():
+        target.__dict__[key] = value.copy() if isinstance(value, dict) else value
+
+
+class _Borrowed:
+    """Hides a quantizer that another module registers from nn.Module: parameters and state_dict
+    name it once."""
+
+    def __init__(self, quantizer: WeightQuantizer):
+        self.quantizer = quantizer
+
+
+class QuantLayer(nn.Module):
+    """What the layers share: a weight, its quantizer, and a way back to the float layer."""
+
+    _weight_quantizer_class = WeightQuantizer
+    # Axes of the weight where a granularity names none.
+    _channel_axis, _reduction_axis = 0, -1
+
+    def _quantize(
+        self,
+        float_class: type,
+        weight: QuantSpec | None,
+        output: QuantSpec | None,
+        name: str,
+    ) -> None:
+        self._float_class = float_class
+        self._borrowed: _Borrowed | None = None
+        prefix = f"{name}." if name else ""
+        self.weight_quantizer = self.output_quantizer = None
+        if weight is not None:
+            self.weight_quantizer = self._weight_quantizer_class(
+                weight,
+                tuple(self.weight.shape),
+                channel_axis=self._channel_axis,
+                reduction_axis=self._reduction_axis,
+                name=f"{prefix}weight_quantizer",
+                device=self.weight.device,
+            )
+        if output is not None:
+            self.output_quantizer = QuantAct(
+                output,
+                self.output_channels,
+                name=f"{prefix}output_quantizer",
+                device=None if self.weight is None else self.weight.device,
+            )
+
+    @classmethod
+    def of_float(
+        cls, module: nn.Module, weight: QuantSpec | None, output: QuantSpec | None, name: str = ""
+    ):
+        """`from_float` of any of the layers, with a name for its quantizers' errors."""
+        layer = cls.__new__(cls)
+        _adopt(layer, module)
+        layer._quantize(type(module), weight, output, name)
+        return layer
+
+    def to_float(self) -> nn.Module:
+        """The float layer that this one was made of, with this one's parameters."""
+        module = self._float_class.__new__(self._float_class)
+        _adopt(module, self)
+        for key in ("weight_quantizer", "output_quantizer"):
+            delattr(module, key)
+        del module._float_class, module._borrowed
+        return module
+
+    def borrow_weight_quantizer(self, owner: QuantLayer) -> None:
+        """Uses the quantizer of the layer whose weight this one shares."""
+        self.weight_quantizer = None
+        self._borrowed = _Borrowed(owner.weight_quantizer)
+
+    def quantized_weight(self) -> Tensor | None:
+        quantizer = self.weight_quantizer if self._borrowed is None else self._borrowed.quantizer
+        return self.weight if quantizer is None else quantizer(self.weight)
+
+    def _output(self, y: Tensor) -> Tensor:
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+
+class QuantLinear(QuantLayer):
+    """nn.Linear, or with ``from_float`` transformers' Conv1D, which stores its weight as [in, out].
+
+    x: [..., in_features]. Range shapes of the weight: [1], [out, 1] per channel (Conv1D: [1, out]),
+    [out, in / size] per group (Conv1D: [in / size, out]).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        weight: QuantSpec | None = WEIGHT,
+        output: QuantSpec | None = None,
+    ):
+        super().__init__()
+        _adopt(self, nn.Linear(in_features, out_features, bias, device, dtype))
+        self._quantize(nn.Linear, weight, output, "")
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight: QuantSpec | None = WEIGHT,
+        output: QuantSpec | None = None,
+    ) -> QuantLinear:
+        """Of an nn.Linear or a Conv1D, whose parameters it shares."""
+        if not isinstance(module, nn.Linear) and not is_conv1d(type(module)):
+            raise ValueError(
+                f"QuantLinear.from_float: needs nn.Linear or Conv1D, got {type(module).__name__}"
+            )
+        return cls.of_float(module, weight, output)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is [in, out]."""
+        return is_conv1d(self._float_class)
+
+    @property
+    def _channel_axis(self) -> int:
+        return 1 if self.transposed else 0
+
+    @property
+    def _reduction_axis(self) -> int:
+        return 0 if self.transposed else 1
+
+    @property
+    def output_channels(self) -> int:
+        return self.weight.shape[self._channel_axis]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        return self._output(F.linear(x, weight.t() if self.transposed else weight, self.bias))
+
+    def extra_repr(self) -> str:
+        out, reduction = self._channel_axis, self._reduction_axis
+        return (
+            f"in_features={self.weight.shape[reduction]}, out_features={self.weight.shape[out]}, "
+            f"bias={self.bias is not None}" + (", Conv1D" if self.transposed else "")
+        )
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """nn.Embedding. What it returns is on its weight's grid: it has no output quantizer.
+
+    Range shapes of the weight: [1], [num_embeddings, 1], [num_embeddings, embedding_dim / size].
+    """
+
+    output_channels = None
+
+    def __init__(self, *args, weight: QuantSpec | None = WEIGHT, **kwargs):
+        nn.Embedding.__init__(self, *args, **kwargs)
+        self._quantize(nn.Embedding, weight, None, "")
+
+    @classmethod
+    def from_float(cls, module: nn.Embedding, weight: QuantSpec | None = WEIGHT) -> QuantEmbedding:
+        """Of an nn.Embedding, whose weight it shares."""
+        if not isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"QuantEmbedding.from_float: needs nn.Embedding, got {type(module).__name__}"
+            )
+        if module.max_norm is not None or module.sparse:
+            raise ValueError(
+                "QuantEmbedding.from_float: max_norm and sparse gradients change the weight or its "
+                "gradient row by row; the ranges cannot follow"
+            )
+        return cls.of_float(module, weight, None)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(
+            indices,
+            self.quantized_weight(),
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+
+
+class QuantLayerNorm(QuantLayer, nn.LayerNorm):
+    """nn.LayerNorm. Range shapes of the weight: [1], [channels], [channels / size]."""
+
+    _weight_quantizer_class = NormWeightQuantizer
+
+    def __init__(
+        self,
+        *args,
+        weight: QuantSpec | None = NORM_WEIGHT,
+        output: QuantSpec | None = None,
+        **kwargs,
+    ):
+        nn.LayerNorm.__init__(self, *args, **kwargs)
+        self._quantize(nn.LayerNorm, weight, output, "")
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.LayerNorm,
+        weight: QuantSpec | None = NORM_WEIGHT,
+        output: QuantSpec | None = None,
+    ) -> QuantLayerNorm:
+        """Of an nn.LayerNorm, whose parameters it shares; without a weight, weight must be None."""
+        if not isinstance(module, nn.LayerNorm):
+            raise ValueError(
+                f"QuantLayerNorm.from_float: needs nn.LayerNorm, got {type(module).__name__}"
+            )
+        if module.weight is None and weight is not None:
+            raise ValueError("QuantLayerNorm.from_float: the module has no weight to quantize")
+        return cls.of_float(module, weight, output)
+
+    @property
+    def output_channels(self) -> int:
+        return self.normalized_shape[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        return self._output(F.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps))
+
+
+class QuantOutput(nn.Module):
+    """Any module followed by the quantizer of its output, a tensor."""
+
+    def __init__(self, module: nn.Module, quantizer: QuantAct):
+        super().__init__()
+        self.module = module
+        self.output_quantizer = quantizer
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.output_quantizer(self.module(*args, **kwargs))
+
+
+def is_conv1d(cls: type) -> bool:
+    """Whether it is transformers' Conv1D, without importing transformers."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
