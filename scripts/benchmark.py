@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures asymq: `benchmark.py ops --help` lists what can be chosen."""
+"""Measures asymq: `benchmark.py ops --help` and `benchmark.py step --help` list the choices."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from asymq.experiments import benchmark_ops
+from asymq.experiments import benchmark_ops, benchmark_step
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,42 +29,57 @@ def names(choices):
     return parse
 
 
+COMMANDS = {
+    "ops": (
+        benchmark_ops,
+        "one fake-quantize, forward and backward, against baselines",
+        {
+            "only": benchmark_ops.METHODS,
+            "dtype": benchmark_ops.DTYPES,
+            "granularity": benchmark_ops.GRANULARITIES,
+        },
+    ),
+    "step": (
+        benchmark_step,
+        "a training step of GPT-2, against the float model and other quantizers",
+        {"only": benchmark_step.METHODS, "precision": benchmark_step.PRECISIONS},
+    ),
+}
+
+
 def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    ops = commands.add_parser(
-        "ops", help="one fake-quantize, forward and backward, against baselines"
-    )
-    ops.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    for option, choices in {
-        "only": benchmark_ops.METHODS,
-        "dtype": benchmark_ops.DTYPES,
-        "granularity": benchmark_ops.GRANULARITIES,
-    }.items():
-        ops.add_argument(
-            f"--{option}",
-            type=names(choices),
-            metavar="NAME,...",
-            default=list(choices),
-            help=", ".join(choices),
+    for name, (_, description, selections) in COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        command.add_argument(
+            "--device",
+            choices=["cuda", "cpu"],
+            default="cuda" if torch.cuda.is_available() else "cpu",
         )
-    ops.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
-    ops.add_argument("--quick", action="store_true", help="fewer sizes and shorter measurements")
-    ops.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="DIR",
-        help="where the CSV file and the table go (default scripts/results)",
-    )
+        for option, choices in selections.items():
+            command.add_argument(
+                f"--{option}",
+                type=names(choices),
+                metavar="NAME,...",
+                default=list(choices),
+                help=", ".join(choices),
+            )
+        command.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
+        command.add_argument("--quick", action="store_true", help="less, and less exact")
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=Path(__file__).parent / "results",
+            metavar="DIR",
+            help="where the CSV file and the table go (default scripts/results)",
+        )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        ops.error("--device cuda needs a GPU, and torch sees none")
+        parser.error("--device cuda needs a GPU, and torch sees none")
     if args.threads < 1:
-        ops.error(f"--threads must be at least 1, got {args.threads}")
-    benchmark_ops.run(args)
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    COMMANDS[args.command][0].run(args)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ def quantized_attention(
     hidden = None if attention_mask is None else ~attention_mask
     if hidden is not None:
         # The lowest finite value, as eager attention adds: a row without any key stays finite.
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores)
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     probabilities = module.probabilities_quantizer(probabilities)
     if hidden is not None and _quantizes(module.probabilities_quantizer):
         # A range whose lower end is positive lifts zeros too: without this, every query would see
         # the future.
-        probabilities = probabilities.masked_fill(hidden, 0)
+        probabilities = torch.where(hidden, 0, probabilities)
     attended = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     context = (attended @ value).transpose(1, 2)
     # With the heads side by side, so that a channel is a channel of the output.

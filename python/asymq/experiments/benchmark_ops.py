@@ -7,20 +7,17 @@ as users run them, from eager Python. Every figure is a median over a fixed span
 """
 
 import csv
-import datetime
 import gc
 import math
-import platform
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 import asymq
 from asymq import reference
+from asymq.experiments.measuring import header, median_seconds
 
 BITS = 8
 GROUP = 128
@@ -174,15 +171,6 @@ def calls(method, cell, xs, gs):
 # ---- timing -----------------------------------------------------------------------------------
 
 
-def median_seconds(sample, span):
-    """The median of sample() over `span` seconds: at least 5 calls, fewer if they are very slow."""
-    samples, start, elapsed = [], time.perf_counter(), 0.0
-    while elapsed < span or (len(samples) < 5 and elapsed < 10 * span):
-        samples.append(sample())
-        elapsed = time.perf_counter() - start
-    return statistics.median(samples)
-
-
 def seconds_of(body):
     """Seconds of body() on the GPU, between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -298,31 +286,6 @@ COMPILED = {
 }
 
 
-def machine(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def header(args):
-    versions = (
-        f"asymq {asymq.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    if args.device == "cuda":
-        versions += f", CUDA {torch.version.cuda}"
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return [machine(args.device), versions, f"{date}, {BITS} bits, min_max"]
-
-
 def markdown(rows, skipped, head):
     """One line per cell and method: the time of forward + backward and every measure in copies."""
     lines = ["# Cost of one fake-quantize", "", *(f"- {line}" for line in head), ""]
@@ -353,7 +316,7 @@ def markdown(rows, skipped, head):
 def run(args):
     torch.set_num_threads(args.threads)
     span = 0.03 if args.quick else 0.06
-    head, rows, skipped = header(args), [], {}
+    head, rows, skipped = header(args.device, f"{BITS} bits, min_max"), [], {}
     print("\n".join(head))
     if args.device == "cuda":
         # Autograd runs a backward on the stream of its forward; a capture needs both on its own.

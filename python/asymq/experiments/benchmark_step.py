@@ -1,0 +1,232 @@
+"""The cost of a training step of GPT-2 with quantized ranges, in multiples of the float model's.
+
+A step is forward, loss, backward and Adam. The float models learn their weights, the quantized
+ones their ranges alone, at every site of the paper's Table 2. Weights are random: they do not
+change what a step costs.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import asymq
+from asymq import reference
+from asymq.experiments.measuring import header, median_seconds
+from asymq.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model's shape and the batch it is given."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    batch: int
+    context: int
+
+
+SETTINGS = {
+    # GPT-2 small, and the model of the quick start.
+    "cuda": Setting(layers=12, width=768, heads=12, vocabulary=50257, batch=8, context=1024),
+    "cpu": Setting(layers=4, width=128, heads=4, vocabulary=2048, batch=8, context=128),
+}
+PRECISIONS = ("tf32", "bfloat16")
+
+
+@dataclass
+class Row:
+    device: str
+    precision: str
+    method: str
+    milliseconds: float
+    ratio: float  # to the float model with eager attention
+    peak_gib: float | None  # of the GPU's memory
+
+
+# ---- methods -----------------------------------------------------------------------------------
+
+
+def float_model(setting: Setting, device: str, attention: str) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=setting.layers,
+        n_embd=setting.width,
+        n_head=setting.heads,
+        vocab_size=setting.vocabulary,
+        n_positions=setting.context,
+        # Dropout is no part of range learning, and would slow down the float model alone.
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        loss_type="ForCausalLM",
+        attn_implementation=attention,
+    )
+    with torch.device(device):
+        return GPT2LMHeadModel(config).train()
+
+
+def prepared_model(parameterization: str, setting: Setting, device: str, ids) -> nn.Module:
+    model = float_model(setting, device, "eager")
+    asymq.prepare(model, asymq.QuantConfig.table2(parameterization))
+    asymq.calibrate(model, [ids])
+    asymq.freeze_weights(model)
+    return model
+
+
+def _torch_core_asymmetric(x, scale, offset, *, bits, eps):
+    return torch._fake_quantize_learnable_per_tensor_affine(x, scale, -offset, 0, 2**bits - 1, 1.0)
+
+
+def _torch_core_symmetric(x, scale, *, bits, eps):
+    axis, p = max(range(x.dim()), key=lambda i: scale.shape[i]), 2 ** (bits - 1) - 1
+    zero_point = torch.zeros(scale.numel(), device=x.device)
+    return torch._fake_quantize_learnable_per_channel_affine(
+        x, scale.flatten(), zero_point, axis, -p, p, 1.0
+    )
+
+
+# torch's learnable operators, which know a scale and a zero point alone.
+TORCH_CORE = SimpleNamespace(
+    fake_quantize_scale_offset=_torch_core_asymmetric,
+    fake_quantize_symmetric_scale=_torch_core_symmetric,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    functions: object | None  # of the quantizers; None: the float model
+    parameterization: str = "min_max"
+    attention: str = "eager"
+    compiled: bool = False
+
+
+METHODS = {
+    "float_eager": Method(None),
+    "float_sdpa": Method(None, attention="sdpa"),
+    "asymq": Method(asymq.ops),
+    "torch_core": Method(TORCH_CORE, "scale_offset"),
+    "reference": Method(reference),
+    "compiled": Method(reference, compiled=True),
+}
+
+
+@contextmanager
+def step_of(method: Method, setting: Setting, device: str, precision: str) -> Iterator[Callable]:
+    """One training step as a function of nothing."""
+    torch.manual_seed(1)
+    ids = torch.randint(setting.vocabulary, (setting.batch, setting.context), device=device)
+    if method.functions is None:
+        model = float_model(setting, device, method.attention)
+        parameters = model.parameters()
+    else:
+        model = prepared_model(method.parameterization, setting, device, ids)
+        parameters = asymq.range_parameters(model)
+    optimizer = torch.optim.Adam(parameters, lr=1e-5)
+    if method.compiled:
+        torch.compiler.reset()
+        model = torch.compile(model)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def step():
+        optimizer.zero_grad()
+        with autocast:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+
+    functions = Quantizer.functions
+    Quantizer.functions = method.functions
+    try:
+        yield step
+    finally:
+        Quantizer.functions = functions
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+def measure(step: Callable, device: str, span: float) -> tuple[float, float | None]:
+    """Median seconds of a step, and the peak of the GPU's memory in GiB."""
+
+    def sample():
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        sample()
+    if device != "cuda":
+        return median_seconds(sample, span), None
+    torch.cuda.reset_peak_memory_stats()
+    return median_seconds(sample, span), torch.cuda.max_memory_allocated() / 2**30
+
+
+def markdown(rows: list[Row], head: list[str], setting: Setting) -> str:
+    lines = ["# A training step of GPT-2", "", *(f"- {line}" for line in head), f"- {setting}", ""]
+    lines += ["| precision | method | ms | times float_eager | peak GiB |", "|---|---|---|---|---|"]
+    for row in rows:
+        peak = "" if row.peak_gib is None else f"{row.peak_gib:.1f}"
+        figures = f"{row.milliseconds:.1f} | {row.ratio:.2f} | {peak}"
+        lines.append(f"| {row.precision} | {row.method} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def run(args) -> None:
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
+    setting, span, rows = SETTINGS[args.device], 1.0 if args.quick else 3.0, []
+    head = header(args.device, "random weights, 4-bit weights, 12-bit activations, range learning")
+    print("\n".join([*head, str(setting)]))
+    for precision in args.precision:
+        base = float("nan")
+        for name in args.only:
+            with step_of(METHODS[name], setting, args.device, precision) as step:
+                seconds, peak = measure(step, args.device, span)
+            if name == "float_eager":
+                base = seconds
+            row = Row(
+                args.device,
+                precision,
+                name,
+                round(seconds * 1e3, 3),
+                round(seconds / base, 3),
+                peak and round(peak, 2),
+            )
+            rows.append(row)
+            print(
+                f"{precision:8} {name:12} {row.milliseconds:8.1f} ms {row.ratio:6.2f} times "
+                f"float_eager" + ("" if peak is None else f"  {peak:6.1f} GiB"),
+                flush=True,
+            )
+            del step
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"step_{args.device}"
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in (*head, str(setting)))
+        writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    path.with_suffix(".md").write_text(markdown(rows, head, setting))
+    print(f"wrote {path}.csv and {path}.md")

@@ -1,0 +1,47 @@
+"""What the benchmarks share: medians, and where and with what they were taken."""
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import asymq
+
+
+def median_seconds(sample: Callable[[], float], span: float) -> float:
+    """The median of sample() over `span` seconds: at least 5 calls, fewer if they are very slow."""
+    samples, start, elapsed = [], time.perf_counter(), 0.0
+    while elapsed < span or (len(samples) < 5 and elapsed < 10 * span):
+        samples.append(sample())
+        elapsed = time.perf_counter() - start
+    return statistics.median(samples)
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def header(device: str, setting: str) -> list[str]:
+    """Machine, versions, date and setting, as every file of results begins."""
+    versions = (
+        f"asymq {asymq.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    if device == "cuda":
+        versions += f", CUDA {torch.version.cuda}"
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return [machine(device), versions, f"{date}, {setting}"]
