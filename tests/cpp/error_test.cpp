@@ -93,5 +93,26 @@ TEST_P(ErrorTest, EffectiveScaleOffset) {
       {"effective_scale_offset", "sigmoid"});
 }
 
+TEST_P(ErrorTest, ParametersOfRange) {
+  const auto expect = [](const char* parameterization, const Tensor& low, const Tensor& high,
+                         int64_t bits, bool symmetric, bool sigmoid,
+                         std::vector<std::string> parts) {
+    parts.push_back("asymq::parameters_of_range");
+    expect_error(
+        [&] { asymq::parameters_of_range(parameterization, low, high, bits, symmetric, sigmoid); },
+        parts);
+  };
+  expect("alpha", min, max, 4, false, false, {"parameterization", "alpha"});
+  expect("min_max", min, max, 4, false, true, {"sigmoid", "min_max"});
+  expect("kscale_koffset", min, max, 4, true, false, {"symmetric", "kscale_koffset"});
+  expect("min_max", min, max, 1, false, false, {"bits", "1"});
+  expect("min_max", min.to(at::kInt), max, 4, false, false, {"min", "floating", "Int"});
+  expect("min_max", min, max.to(at::kDouble), 4, false, false, {"max", "Float", "Double"});
+  expect("min_max", min, max.expand({3, 1}), 4, false, false, {"max", "[1]", "[3, 1]"});
+  if (!device().is_cpu()) {
+    expect("min_max", min, max.cpu(), 4, false, false, {"max", "cuda", "cpu"});
+  }
+}
+
 }  // namespace
 }  // namespace asymq_test

@@ -97,5 +97,42 @@ TEST_P(QuantizeTest, EffectiveScaleAndOffset) {
   }
 }
 
+TEST_P(QuantizeTest, ParametersOfARange) {
+  const Tensor min = at::tensor({-1.0, -0.3, -5.0}, at::kDouble).reshape({3, 1}).to(device());
+  const Tensor max = at::tensor({2.0, 0.0, 0.1}, at::kDouble).reshape({3, 1}).to(device());
+  for (const Op& op : ops()) {
+    for (const int64_t bits : {2, 8, 16}) {
+      for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
+        SCOPED_TRACE(op.name + ", " + std::to_string(bits) + " bits, " + at::toString(dtype));
+        const Tensor low = min.to(dtype).requires_grad_(), high = max.to(dtype).requires_grad_();
+        const Tensors learned = asymq::parameters_of_range(op.parameterization, low, high, bits,
+                                                           op.symmetric, op.sigmoid);
+        ASSERT_EQ(learned.size(), op.learnable);
+        for (const Tensor& parameter : learned) {
+          EXPECT_EQ(parameter.scalar_type(), dtype);
+          EXPECT_EQ(parameter.sizes(), min.sizes());
+          EXPECT_EQ(parameter.device(), min.device());
+          EXPECT_FALSE(parameter.requires_grad());
+          EXPECT_FALSE(parameter.is_alias_of(low) || parameter.is_alias_of(high));
+        }
+        Tensors all = learned;
+        if (op.parameters == 4) all.push_back(low.detach());
+        if (op.parameters > op.learnable) all.push_back(high.detach());
+        const auto [scale, offset] =
+            asymq::effective_scale_offset(op.parameterization, all, bits, op.symmetric, op.sigmoid);
+        const double k = static_cast<double>((int64_t{1} << bits) - 1);
+        const double factor = op.sigmoid ? 1 / (1 + std::exp(-4.0)) : 1;
+        const Tensor want = factor * (op.symmetric ? 2 * max / k : (max - min) / k);
+        const double unit = dtype == at::kFloat ? 1e-6 : 1e-14;
+        const Tensor guarded = want.clamp_min(kEps);
+        EXPECT_TRUE(close(scale, guarded, guarded, unit));
+        if (offset) {
+          EXPECT_TRUE(close(*offset, factor * min / want, (min / want).abs(), unit));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace asymq_test
