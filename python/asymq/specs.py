@@ -7,6 +7,7 @@ ValueError when it is made.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -148,7 +149,7 @@ class QuantSpec(_Json):
             f"fix_min belongs to asymmetric min_max and beta_gamma, got parameterization {name!r}"
             + (", symmetric" if self.symmetric else ""),
         )
-        need(self.eps > 0, f"eps must be positive, got {self.eps!r}")
+        need(0 < self.eps < math.inf, f"eps must be positive and finite, got {self.eps!r}")
 
     @property
     def steps(self) -> int:
@@ -196,7 +197,11 @@ class QuantSpec(_Json):
             raise ValueError(
                 f"QuantSpec: granularity must be per tensor, channel or group, got {per!r}"
             )
-        return cls(granularity=_GRANULARITIES[per](**granularity), **arguments)
+        try:
+            granularity = _GRANULARITIES[per](**granularity)
+        except TypeError as error:
+            raise ValueError(f"QuantSpec: granularity per {per}: {error}") from None
+        return cls(granularity=granularity, **arguments)
 
 
 @dataclass(frozen=True)
