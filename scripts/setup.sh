@@ -37,7 +37,7 @@ create_environment() {
   local torch="torch>=2.11,<2.16"
   [[ -z ${TORCH_VERSION:-} ]] || torch="torch==$TORCH_VERSION"
   # Already installed requirements are kept, so a second run needs no network.
-  python -m pip install --quiet "$torch" numpy packaging "setuptools>=70" wheel ninja "cmake>=3.24"
+  python -m pip install --quiet "$torch" numpy packaging safetensors "setuptools>=70" wheel ninja "cmake>=3.24"
 }
 
 install_package() {
