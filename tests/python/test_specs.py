@@ -1,0 +1,233 @@
+"""Specifications: defaults, what cannot be, JSON, and which quantizer gets which."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asymq import PerChannel, PerGroup, PerTensor, QuantConfig, QuantSpec
+
+
+def test_defaults():
+    assert dataclasses.asdict(QuantSpec()) == {
+        "bits": 8,
+        "symmetric": False,
+        "granularity": {},
+        "parameterization": "beta_gamma",
+        "sigmoid": False,
+        "dynamic": False,
+        "fix_min": False,
+        "eps": 1e-8,
+    }
+    assert QuantSpec().granularity == PerTensor()
+    assert PerChannel().axis is None and PerGroup(4).axis is None
+    config = QuantConfig(None, None, None)
+    assert (config.overrides, config.skip) == ({}, ())
+
+
+IMPOSSIBLE = [
+    ({"bits": 1}, "bits must be an integer from 2 to 16, got 1"),
+    ({"bits": 17}, "bits must be an integer from 2 to 16, got 17"),
+    ({"bits": 8.0}, r"bits .* got 8\.0"),
+    ({"bits": "8"}, "bits .* got '8'"),
+    ({"granularity": "tensor"}, "granularity must be .* got 'tensor'"),
+    ({"granularity": PerTensor}, "granularity must be"),
+    ({"parameterization": "minmax"}, "parameterization must be one of .*, got 'minmax'"),
+    ({"parameterization": "beta_gamma_sigmoid"}, "parameterization must be one of"),
+    ({"parameterization": "kscale_koffset", "symmetric": True}, "kscale_koffset has no symmetric"),
+    *(
+        ({"parameterization": name, option: True}, f"{option} belongs to beta_gamma, got .*{name}")
+        for name in ("scale_offset", "min_max", "kscale_koffset")
+        for option in ("sigmoid", "dynamic")
+    ),
+    *(
+        ({"parameterization": name, "fix_min": True}, f"fix_min belongs to .* got .*{name}")
+        for name in ("scale_offset", "kscale_koffset")
+    ),
+    *(
+        ({"parameterization": name, "fix_min": True, "symmetric": True}, "fix_min .* symmetric")
+        for name in ("min_max", "beta_gamma")
+    ),
+    ({"eps": 0.0}, r"eps must be positive.* got 0\.0"),
+    ({"eps": -1e-8}, "eps must be positive and finite"),
+    ({"eps": float("nan")}, "eps must be positive and finite"),
+    ({"eps": float("inf")}, "eps must be positive and finite"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", IMPOSSIBLE, ids=str)
+def test_a_spec_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=f"QuantSpec: {message}"):
+        QuantSpec(**arguments)
+
+
+@pytest.mark.parametrize("size", [0, -4])
+def test_a_group_without_elements(size):
+    with pytest.raises(ValueError, match=f"PerGroup: size must be at least 1, got {size}"):
+        PerGroup(size)
+
+
+def test_a_config_of_something_else():
+    with pytest.raises(ValueError, match="activation must be a QuantSpec or None, got 8"):
+        QuantConfig(None, 8, None)
+    with pytest.raises(ValueError, match=r"overrides\['lm_head\*'\] must be a QuantSpec"):
+        QuantConfig(None, None, None, overrides={"lm_head*": "min_max"})
+
+
+@pytest.mark.parametrize(
+    "name, base, weight, sigmoid",
+    [
+        ("scale_offset", "scale_offset", "scale_offset", False),
+        ("min_max", "min_max", "min_max", False),
+        ("beta_gamma", "beta_gamma", "beta_gamma", False),
+        ("beta_gamma_sigmoid", "beta_gamma", "beta_gamma", True),
+        ("kscale_koffset", "kscale_koffset", "scale_offset", False),
+    ],
+)
+def test_table2(name, base, weight, sigmoid):
+    activation = QuantSpec(bits=12, parameterization=base, sigmoid=sigmoid)
+    assert QuantConfig.table2(name) == QuantConfig(
+        weight=QuantSpec(4, True, PerChannel(), weight, sigmoid),
+        activation=activation,
+        norm_weight=activation,
+    )
+
+
+def test_table2_of_an_unknown_name():
+    with pytest.raises(ValueError, match="unknown parameterization 'lsq'; there are scale_offset"):
+        QuantConfig.table2("lsq")
+
+
+def _possible(**arguments):
+    try:
+        return QuantSpec(**arguments)
+    except ValueError:
+        return None
+
+
+AXES = st.none() | st.integers(-4, 4)
+SPECS = st.builds(
+    _possible,
+    bits=st.integers(2, 16),
+    symmetric=st.booleans(),
+    granularity=st.one_of(
+        st.just(PerTensor()),
+        st.builds(PerChannel, axis=AXES),
+        st.builds(PerGroup, size=st.integers(1, 4096), axis=AXES),
+    ),
+    parameterization=st.sampled_from(["scale_offset", "min_max", "beta_gamma", "kscale_koffset"]),
+    sigmoid=st.booleans(),
+    dynamic=st.booleans(),
+    fix_min=st.booleans(),
+    eps=st.floats(1e-30, 1.0),
+).filter(lambda spec: spec is not None)
+OPTIONAL = st.none() | SPECS
+CONFIGS = st.builds(
+    QuantConfig,
+    weight=OPTIONAL,
+    activation=OPTIONAL,
+    norm_weight=OPTIONAL,
+    overrides=st.dictionaries(st.text(max_size=5), OPTIONAL, max_size=3),
+    skip=st.lists(st.text(max_size=5), max_size=3),
+)
+
+
+@given(SPECS)
+def test_spec_json_round_trip(spec):
+    text = spec.to_json()
+    again = QuantSpec.from_json(text)
+    assert again == spec and hash(again) == hash(spec)
+    assert json.loads(text)["bits"] == spec.bits
+
+
+@given(CONFIGS)
+def test_config_json_round_trip(config):
+    again = QuantConfig.from_json(config.to_json())
+    assert again == config
+    # The last match decides, so their order matters too.
+    assert list(again.overrides) == list(config.overrides)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"bit": 4}, r"QuantSpec: unknown fields \['bit'\]"),
+        ({"bits": 1}, "QuantSpec: bits"),
+        ({"granularity": {"per": "row"}}, "granularity must be per tensor, channel or group.*row"),
+        ({"granularity": {}}, "granularity must be per tensor, channel or group.*None"),
+        ({"granularity": {"per": "channel", "size": 4}}, "size"),
+        ({"granularity": {"per": "group"}}, "size"),
+        ({"granularity": {"per": "group", "size": 0}}, "size must be at least 1"),
+    ],
+)
+def test_json_that_says_something_else(values, message):
+    with pytest.raises(ValueError, match=message):
+        QuantSpec.from_dict(values)
+    with pytest.raises(ValueError, match=message):
+        QuantConfig.from_dict({"weight": values})
+
+
+def test_config_json_with_an_unknown_field():
+    with pytest.raises(ValueError, match=r"QuantConfig: unknown fields \['weights'\]"):
+        QuantConfig.from_dict({"weights": None})
+
+
+def test_the_last_matching_override_decides_and_skip_wins():
+    wide, narrow, narrower = QuantSpec(bits=16), QuantSpec(bits=4), QuantSpec(bits=2)
+    config = QuantConfig(
+        weight=None,
+        activation=QuantSpec(),
+        norm_weight=None,
+        overrides={"h.*": wide, "h.1.*": narrow, "h.1.mlp*": None, "*.scores": narrower},
+        skip=("h.2.*",),
+    )
+    for name, expected in {
+        "h.0.ln": wide,
+        "h.1.ln": narrow,
+        "h.1.mlp.act": None,
+        "h.1.scores": narrower,
+        "h.2.ln": None,
+        "h.2.scores": None,
+        "lm_head": QuantSpec(),
+        "H.0.ln": QuantSpec(),
+    }.items():
+        assert config.spec_of(name, "activation") == expected, name
+    assert config.spec_of("lm_head", "weight") is None
+    assert config.spec_of("h.0.ln", "weight") == wide
+
+
+def test_names_that_match_nothing():
+    config = QuantConfig(
+        None,
+        None,
+        None,
+        overrides={"a.*": None, "b*": QuantSpec()},
+        skip=("*.c", "d"),
+    )
+    assert config.unmatched(["a.x", "e.c"]) == ["b*", "d"]
+
+
+def test_skip_may_be_one_name():
+    assert QuantConfig(None, None, None, skip="lm_head*").skip == ("lm_head*",)
+
+
+def test_specs_are_values():
+    spec = QuantSpec(bits=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.bits = 5
+    overrides = {"a": spec}
+    config = QuantConfig(None, None, None, overrides=overrides)
+    overrides["b"] = spec
+    assert list(config.overrides) == ["a"]
+
+
+def test_with_parameterization():
+    weight = QuantSpec(4, True, PerGroup(8), "beta_gamma", sigmoid=True, eps=1e-6)
+    for name, base in {"min_max": "min_max", "kscale_koffset": "scale_offset"}.items():
+        assert weight.with_parameterization(name) == QuantSpec(4, True, PerGroup(8), base, eps=1e-6)
+    with pytest.raises(ValueError, match="dynamic"):
+        QuantSpec(dynamic=True).with_parameterization("min_max")
+    with pytest.raises(ValueError, match="unknown parameterization 'gamma'"):
+        QuantSpec().with_parameterization("gamma")
