@@ -38,21 +38,53 @@ def quantized_attention(
     if hidden is not None:
         # The lowest finite value, as eager attention adds: a row without any key stays finite.
         scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores)
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    probabilities = module.probabilities_quantizer(probabilities)
-    if hidden is not None and _quantizes(module.probabilities_quantizer):
-        # A range whose lower end is positive lifts zeros too: without this, every query would see
-        # the future.
-        probabilities = torch.where(hidden, 0, probabilities)
-    attended = nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    context = (attended @ value).transpose(1, 2)
+    raw = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+
+    def quantize(raw: Tensor) -> Tensor:
+        quantizer = module.probabilities_quantizer
+        probabilities = quantizer(raw)
+        if (
+            hidden is not None
+            and isinstance(quantizer, Quantizer)
+            and quantizer.state == QUANTIZING
+        ):
+            # A range whose lower end is positive lifts zeros too: without this, every query would
+            # see the future.
+            probabilities = torch.where(hidden, 0, probabilities)
+        return probabilities
+
+    probabilities = quantize(raw)
+    if (dropout and module.training) or torch.compiler.is_compiling():
+        context = nn.functional.dropout(probabilities, dropout, module.training) @ value
+    else:
+        context = _Attend.apply(probabilities, value, raw.detach(), quantize)
     # With the heads side by side, so that a channel is a channel of the output.
+    context = context.transpose(1, 2)
     context = module.context_quantizer(context.flatten(2)).view(context.shape)
     return context, probabilities
 
 
-def _quantizes(module: nn.Module) -> bool:
-    return isinstance(module, Quantizer) and module.state == QUANTIZING
+class _Attend(torch.autograd.Function):
+    """probabilities @ value that keeps the unquantized probabilities, which the softmax keeps too,
+    and quantizes them again for the backward: one tensor of [queries, keys] less per layer."""
+
+    @staticmethod
+    def forward(ctx, probabilities, value, raw, quantize):
+        ctx.save_for_backward(value, raw)
+        ctx.quantize = quantize
+        return probabilities @ value
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, raw = ctx.saved_tensors
+        grad = grad.to(value.dtype)
+        needs_probabilities, needs_value = ctx.needs_input_grad[:2]
+        return (
+            grad @ value.transpose(-1, -2) if needs_probabilities else None,
+            ctx.quantize(raw).transpose(-1, -2) @ grad if needs_value else None,
+            None,
+            None,
+        )
 
 
 def attention_mask(*args, **kwargs) -> Tensor | None:
