@@ -1,4 +1,4 @@
-// Everything a C++ user of asymq needs.
+// The functions of asymq. The modules, which bring torch::nn along, are in asymq/nn.h.
 #pragma once
 
 #include "asymq/fake_quantize.h"

@@ -1,0 +1,266 @@
+#include <ATen/ATen.h>
+#include <torch/serialize/input-archive.h>
+#include <torch/serialize/output-archive.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <utility>
+
+#include "asymq/nn.h"
+#include "asymq/parameterization.h"
+#include "ops/fake_quantize.h"
+
+namespace asymq::nn {
+namespace {
+
+using at::Tensor;
+
+/// Least width of a calibrated range, and least end of a symmetric one.
+constexpr double kLeastWidth = 1e-6;
+
+/// Position in Parameterizations of what the options name.
+int64_t checked_parameterization(const QuantizerOptions& options) {
+  const auto& name = options.name();
+  const auto& family = options.parameterization();
+  TORCH_CHECK(options.bits() >= 2 && options.bits() <= 16, name,
+              ": bits must be between 2 and 16, got ", options.bits());
+  TORCH_CHECK(options.eps() > 0 && std::isfinite(options.eps()), name,
+              ": eps must be positive and finite, got ", options.eps());
+  TORCH_CHECK(
+      find_parameterization(family, false, false) >= 0, name,
+      ": parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, got ",
+      family);
+  TORCH_CHECK(!options.sigmoid() || find_parameterization(family, false, true) >= 0, name,
+              ": sigmoid needs the parameterization beta_gamma, got ", family);
+  TORCH_CHECK(!options.symmetric() || find_parameterization(family, true, false) >= 0, name,
+              ": symmetric needs the parameterization scale_offset, min_max or beta_gamma, got ",
+              family);
+  TORCH_CHECK(!options.fix_min() ||
+                  (!options.symmetric() && (family == "min_max" || family == "beta_gamma")),
+              name, ": fix_min needs asymmetric min_max or beta_gamma, got ",
+              options.symmetric() ? "symmetric " : "", family);
+  return find_parameterization(family, options.symmetric(), options.sigmoid());
+}
+
+int64_t checked_axis(const QuantizerOptions& options, int64_t axis) {
+  const int64_t dims = static_cast<int64_t>(options.sizes().size());
+  TORCH_CHECK(axis >= -dims && axis < dims, options.name(), ": axis ", axis,
+              " of the granularity needs sizes that have it, got sizes ",
+              at::IntArrayRef(options.sizes()));
+  return axis < 0 ? axis + dims : axis;
+}
+
+std::vector<int64_t> range_shape(const QuantizerOptions& options) {
+  if (const auto* channel = std::get_if<PerChannel>(&options.granularity())) {
+    const int64_t axis = checked_axis(options, channel->axis);
+    std::vector<int64_t> shape(options.sizes().size(), 1);
+    shape[axis] = options.sizes()[axis];
+    return shape;
+  }
+  if (const auto* group = std::get_if<PerGroup>(&options.granularity())) {
+    const int64_t axis = checked_axis(options, group->axis);
+    std::vector<int64_t> shape = options.sizes();
+    TORCH_CHECK(group->size > 0 && shape[axis] % group->size == 0, options.name(),
+                ": size of a group must be positive and divide the axis of ", shape[axis],
+                " elements, got ", group->size);
+    shape[axis] /= group->size;
+    return shape;
+  }
+  return {1};
+}
+
+std::array<const char*, 4> range_names(int64_t parameterization) {
+  const Traits& traits = Parameterizations::traits[parameterization];
+  return {traits.first, traits.second, traits.min, traits.max};
+}
+
+/// Least and greatest element of each range, where `shape` divides x's axis by axis or has one
+/// element. NaN shows in both.
+std::tuple<Tensor, Tensor> extrema(const Tensor& x, at::IntArrayRef shape) {
+  if (c10::multiply_integers(shape) == 1) return at::aminmax(x);
+  std::vector<int64_t> blocks, within;
+  for (int64_t axis = 0; axis < x.dim(); ++axis) {
+    blocks.insert(blocks.end(), {shape[axis], x.size(axis) / shape[axis]});
+    within.push_back(2 * axis + 1);
+  }
+  const Tensor blocked = x.reshape(blocks);
+  return {blocked.amin(within), blocked.amax(within)};
+}
+
+bool all_finite(const Tensor& tensor) { return tensor.isfinite().all().is_nonzero(); }
+
+}  // namespace
+
+QuantizerImpl::QuantizerImpl(QuantizerOptions options)
+    : options(std::move(options)),
+      parameterization_(checked_parameterization(this->options)),
+      range_shape_(range_shape(this->options)) {
+  reset();
+}
+
+void QuantizerImpl::reset() {
+  const auto names = range_names(parameterization_);
+  const auto uncalibrated = [&] {
+    return at::full(range_shape_, std::numeric_limits<double>::quiet_NaN(), at::kFloat);
+  };
+  for (size_t i = 0; i < names.size(); ++i) {
+    const std::string name = names[i];
+    if (name.empty()) continue;
+    const bool learned = i < initial_.size() && !(i == 0 && options.fix_min());
+    if (learned) {
+      ranges_[i] = register_parameter(name, uncalibrated());
+      initial_[i] = register_buffer("initial_" + name, uncalibrated());
+    } else {
+      ranges_[i] = register_buffer(name, uncalibrated());
+    }
+  }
+  calibrated_ = false;
+}
+
+Tensor QuantizerImpl::forward(const Tensor& x) {
+  if (state == State::off) return x;
+  if (state == State::observing) {
+    observe(x);
+    return x;
+  }
+  TORCH_CHECK(calibrated(), options.name(),
+              ": its range is not set; calibrate the model first (asymq::nn::calibrate) or load a "
+              "calibrated state");
+  const auto shape = shape_on(x);
+  const auto range = [&](size_t i) -> std::optional<Tensor> {
+    if (!ranges_[i].defined()) return std::nullopt;
+    return shape == range_shape_ ? ranges_[i] : ranges_[i].view(shape);
+  };
+  return fake_quantize_op(x, *range(0), range(1), range(2), range(3), parameterization_,
+                          options.bits(), options.eps());
+}
+
+std::vector<int64_t> QuantizerImpl::shape_on(const Tensor& x) const {
+  if (c10::multiply_integers(range_shape_) == 1) return range_shape_;
+  const auto& sizes = options.sizes();
+  const int64_t shared = x.dim() - static_cast<int64_t>(sizes.size());
+  bool fits = shared >= 0;
+  std::vector<int64_t> shape(std::max<int64_t>(shared, 0), 1);
+  for (size_t axis = 0; axis < sizes.size() && fits; ++axis) {
+    shape.push_back(range_shape_[axis]);
+    fits = range_shape_[axis] == 1 || x.size(shared + axis) == sizes[axis];
+  }
+  TORCH_CHECK(fits, options.name(), ": x must end in the sizes ", at::IntArrayRef(sizes),
+              " (those that share one range may differ), got shape ", x.sizes());
+  return shape;
+}
+
+void QuantizerImpl::observe(const Tensor& x) {
+  if (x.numel() == 0) return;
+  const at::NoGradGuard no_grad;
+  auto [low, high] = extrema(x.detach(), shape_on(x));
+  low = low.to(at::kFloat).reshape(range_shape_);
+  high = high.to(at::kFloat).reshape(range_shape_);
+  observed_low_ = observed_low_.defined() ? at::minimum(observed_low_, low) : low;
+  observed_high_ = observed_high_.defined() ? at::maximum(observed_high_, high) : high;
+}
+
+void QuantizerImpl::start_observing() {
+  state = State::observing;
+  observed_low_ = observed_high_ = Tensor();
+}
+
+void QuantizerImpl::finish_observing(bool force_zero) {
+  TORCH_CHECK(observed_low_.defined(), options.name(), ": calibration brought it no data");
+  TORCH_CHECK(all_finite(observed_low_) && all_finite(observed_high_), options.name(),
+              ": calibration brought it NaN or infinite values");
+  Tensor low = observed_low_, high = observed_high_;
+  if (options.symmetric()) {
+    high = at::maximum(-low, high).clamp_min(kLeastWidth);
+    low = -high;
+  } else {
+    if (force_zero) {
+      low = low.clamp_max(0);
+      high = high.clamp_min(0);
+    }
+    const double steps = grid_steps<double>(static_cast<int>(options.bits()));
+    high = at::maximum(high, low + std::max(kLeastWidth, steps * options.eps()));
+  }
+  set_range(low, high);
+  observed_low_ = observed_high_ = Tensor();
+  state = State::quantizing;
+}
+
+void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
+  const at::NoGradGuard no_grad;
+  const auto end = [&](const Tensor& tensor) {
+    return tensor.to(ranges_[0].options()).expand(range_shape_);
+  };
+  std::array<Tensor, 4> values{Tensor(), Tensor(), end(low), end(high)};
+  const auto learned = parameters_of_range(options.parameterization(), values[2], values[3],
+                                           options.bits(), options.symmetric(), options.sigmoid());
+  std::copy(learned.begin(), learned.end(), values.begin());
+  for (size_t i = 0; i < ranges_.size(); ++i) {
+    if (ranges_[i].defined()) ranges_[i].copy_(values[i]);
+  }
+  for (size_t i = 0; i < initial_.size(); ++i) {
+    if (initial_[i].defined()) initial_[i].copy_(values[i]);
+  }
+  calibrated_ = true;
+}
+
+void QuantizerImpl::clear_range() {
+  const at::NoGradGuard no_grad;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const Tensor& range : ranges_) {
+    if (range.defined()) range.fill_(nan);
+  }
+  for (const Tensor& initial : initial_) {
+    if (initial.defined()) initial.fill_(nan);
+  }
+  calibrated_ = false;
+}
+
+bool QuantizerImpl::calibrated() const {
+  for (const Tensor& initial : initial_) {
+    if (!calibrated_ && initial.defined()) calibrated_ = all_finite(initial);
+  }
+  return calibrated_;
+}
+
+void QuantizerImpl::to(torch::Device device, torch::Dtype, bool non_blocking) {
+  to(device, non_blocking);
+}
+
+void QuantizerImpl::to(torch::Dtype, bool) {}
+
+void QuantizerImpl::to(torch::Device device, bool non_blocking) {
+  Module::to(device, non_blocking);
+}
+
+void QuantizerImpl::load(torch::serialize::InputArchive& archive) {
+  c10::IValue saved;
+  archive.read("quantizer", saved);
+  TORCH_CHECK(saved.toStringRef() == describe(), options.name(),
+              ": the state to load is of another quantizer: it has ", saved.toStringRef(),
+              ", this one ", describe());
+  Module::load(archive);
+  calibrated_ = false;
+}
+
+void QuantizerImpl::save(torch::serialize::OutputArchive& archive) const {
+  archive.write("quantizer", c10::IValue(describe()));
+  Module::save(archive);
+}
+
+std::string QuantizerImpl::describe() const {
+  std::ostringstream text;
+  text << options.bits() << " bits, " << (options.symmetric() ? "symmetric " : "")
+       << options.parameterization() << (options.sigmoid() ? ", sigmoid" : "")
+       << (options.fix_min() ? ", fix_min" : "") << ", eps " << options.eps() << ", ranges "
+       << at::IntArrayRef(range_shape_);
+  return text.str();
+}
+
+void QuantizerImpl::pretty_print(std::ostream& stream) const {
+  stream << "asymq::nn::Quantizer(" << describe() << ")";
+}
+
+}  // namespace asymq::nn
