@@ -102,8 +102,9 @@ class QuantSpec(_Json):
     parameterization is learned (s, θmax or γ). granularity: which elements share a range.
     parameterization: "scale_offset", "min_max", "beta_gamma" or "kscale_koffset". sigmoid
     (beta_gamma alone): the factors are σ(β) and σ(γ). dynamic (beta_gamma alone): θmin and θmax are
-    the live minimum and maximum of the whole tensor, in a causal model of later tokens too. fix_min (min_max and beta_gamma, asymmetric): the
-    lower end does not learn, for one-sided data. eps: the least effective scale.
+    the live minimum and maximum of the whole tensor, in a causal model of later tokens too. fix_min
+    (min_max and beta_gamma, asymmetric): the lower end does not learn, for one-sided data. eps: the
+    least effective scale.
     """
 
     bits: int = 8
