@@ -114,9 +114,11 @@ class Quantizer(nn.Module):
 
     def extrema(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest element of each range of x, of the ranges' shape and dtype. NaN
-        shows in both."""
+        shows in both; without elements they are 0."""
         shape = self.shape_on(x)
-        if shape.numel() == 1:
+        if x.numel() == 0:
+            ends = 2 * (x.new_zeros(self.range_shape),)
+        elif shape.numel() == 1:
             ends = torch.aminmax(x)
         else:
             # Every axis as (ranges along it, elements of one range).
