@@ -1,0 +1,79 @@
+"""Language models of two layers whose weights are all away from 0 and 1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import asymq
+
+transformers = pytest.importorskip("transformers", minversion="5.4")
+
+VOCABULARY = 96
+SETTINGS = ("scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid", "kscale_koffset")
+
+
+def perturbed(model: nn.Module, seed: int = 1) -> nn.Module:
+    """In evaluation mode, with weights and biases large enough that attention is not uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def gpt2(**options) -> nn.Module:
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 32}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return perturbed(
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | tokens | options))
+    )
+
+
+def opt(**options) -> nn.Module:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    sizes |= {"word_embed_proj_dim": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    return perturbed(
+        transformers.OPTForCausalLM(transformers.OPTConfig(**sizes | tokens | options))
+    )
+
+
+FAMILIES = {"gpt2": gpt2, "opt": opt}
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+
+
+def prepared(model: nn.Module, setting="beta_gamma", **options) -> nn.Module:
+    """With calibrated quantizers, of a setting of the paper's table 2 or of a configuration."""
+    config = asymq.QuantConfig.table2(setting) if isinstance(setting, str) else setting
+    asymq.prepare(model, config, **options)
+    asymq.calibrate(model, [tokens(seed=seed) for seed in (3, 4)])
+    return model
+
+
+def logits(model: nn.Module, *args, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(*args, **kwargs).logits
+
+
+def next_token_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch, labels=batch).loss
+
+
+def train(model: nn.Module, steps: int, lr: float, batch: torch.Tensor | None = None) -> list:
+    """Losses of Adam on the ranges alone."""
+    batch = tokens().to(next(model.parameters()).device) if batch is None else batch
+    optimizer = torch.optim.Adam(asymq.range_parameters(model, lr))
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = next_token_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
