@@ -14,30 +14,28 @@ VOCABULARY = 96
 SETTINGS = ("scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid", "kscale_koffset")
 
 
-def perturbed(model: nn.Module, seed: int = 1) -> nn.Module:
-    """In evaluation mode, with weights and biases large enough that attention is not uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+def _build(cls: type, config, sizes: dict) -> nn.Module:
+    """The same model at every call, in evaluation mode, with weights and biases large enough that
+    attention is not uniform."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = cls(config(bos_token_id=0, eos_token_id=0, **sizes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 
 
 def gpt2(**options) -> nn.Module:
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 32}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return perturbed(
-        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | tokens | options))
-    )
+    return _build(transformers.GPT2LMHeadModel, transformers.GPT2Config, sizes | options)
 
 
 def opt(**options) -> nn.Module:
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 4}
     sizes |= {"word_embed_proj_dim": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    return perturbed(
-        transformers.OPTForCausalLM(transformers.OPTConfig(**sizes | tokens | options))
-    )
+    sizes |= {"pad_token_id": 1}
+    return _build(transformers.OPTForCausalLM, transformers.OPTConfig, sizes | options)
 
 
 FAMILIES = {"gpt2": gpt2, "opt": opt}
