@@ -112,13 +112,25 @@ class Preparation:
         if output:
             output_spec = self._spec(f"{name}.output_quantizer", "activation")
         layer = cls.of_float(module, weight_spec, output_spec, name)
+        if module.weight is None and layer.output_quantizer is not None:
+            layer.output_quantizer.to(self._device)  # such a module has no device of its own
         if owner is None:
             self._owners[id(module.weight)] = layer
         elif owner.weight_quantizer is not None:
             layer.borrow_weight_quantizer(owner)
             self._prepared.shared.append(owner.weight_quantizer)
         self._quantizers += [q for q in (layer.weight_quantizer, layer.output_quantizer) if q]
-        self._steps.append(lambda: self.model.set_submodule(name, layer))
+        self._steps.append(lambda: self._replace(module, layer))
+
+    def _replace(self, module: nn.Module, layer: QuantLayer) -> None:
+        """Under all its names: one module may serve several times."""
+        for name, other in list(self.model.named_modules(remove_duplicate=False)):
+            if other is module:
+                self.model.set_submodule(name, layer)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def follow(self, name: str, module: nn.Module, channels: int) -> None:
         """Quantizes the output of the module `name`, as which `module` serves from now on."""
@@ -164,8 +176,7 @@ class Preparation:
         spec = self._spec(name, "activation")
         if spec is None:
             return None
-        device = next(self.model.parameters()).device
-        quantizer = QuantAct(spec, channels, name=name, device=device)
+        quantizer = QuantAct(spec, channels, name=name, device=self._device)
         self._quantizers.append(quantizer)
         return quantizer
 
@@ -228,20 +239,24 @@ def convert(model: nn.Module) -> nn.Module:
 
     Weights become their dequantized values, of their own dtype and still tied; activations are no
     longer quantized. RuntimeError, before anything is changed, if a weight's range is not set.
-    ValueError: the model has no quantizers.
+    ValueError: the model has no quantizers, or not from `prepare`.
     """
     if not any(named_quantizers(model)):
         raise ValueError("asymq.convert: the model has no quantizers")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
+    if not hasattr(model, "_asymq"):
+        raise ValueError(f"asymq.convert: {type(model).__name__} was not given to asymq.prepare")
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
     values = {
-        name: layer.weight_quantizer.fake_quantize(layer.weight)
-        for name, layer in layers.items()
+        layer: layer.weight_quantizer.fake_quantize(layer.weight)
+        for layer in layers
         if layer.weight_quantizer is not None
     }
-    for name, layer in layers.items():
-        if name in values:
-            layer.weight.copy_(values[name])
-        model.set_submodule(name, layer.to_float())
+    for layer, value in values.items():
+        layer.weight.copy_(value)
+    plain = {layer: layer.to_float() for layer in layers}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in plain:
+            model.set_submodule(name, plain[module])
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantOutput):
             model.set_submodule(name, module.module)
