@@ -282,10 +282,28 @@ def test_quantizing_changes_the_result_a_little(family, device):
     model = FAMILIES[family]().to(device)
     batch = tokens().to(device)
     expected = logits(model, batch)
-    eight = QuantSpec(parameterization="min_max")
-    prepared(model, QuantConfig(eight, QuantSpec(bits=16), eight))
+    wide = QuantSpec(bits=12, parameterization="min_max")
+    asymq.prepare(model, QuantConfig(wide, wide, wide))
+    asymq.calibrate(model, [batch])
     error = (logits(model, batch) - expected).abs().max() / expected.abs().max()
-    assert 1e-4 < error < 0.1
+    assert 1e-4 < error < 0.01
+
+
+@pytest.mark.xfail(strict=True, reason="attention quantizes again in the backward")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_backward_belongs_to_its_forward(family, device):
+    """Whatever happens to the quantizers' states in between, as in distillation."""
+    model = prepared(FAMILIES[family]().to(device))
+    gradients = []
+    for disable in (False, True):
+        model.zero_grad()
+        loss = next_token_loss(model, tokens().to(device))
+        if disable:
+            asymq.disable_quantizers(model)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for actual, expected in zip(*gradients, strict=True):
+        assert_bit_equal(actual, expected)
 
 
 # ---- attention ---------------------------------------------------------------------------------

@@ -1,0 +1,236 @@
+"""`prepare`: what it refuses before it changes anything, and models it does not know."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from compare import assert_bit_equal
+from tiny_models import FAMILIES, gpt2, logits, opt, prepared, tokens
+from torch import nn
+from torch.nn import functional as F
+
+import asymq
+from asymq import PerChannel, PerGroup, QuantConfig, QuantSpec
+
+TABLE2 = QuantConfig.table2("beta_gamma")
+SPEC = QuantSpec()
+EVERYTHING = QuantConfig(SPEC, SPEC, SPEC)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.convolution = nn.Conv2d(1, 1, 3, padding=1)
+        self.norm = nn.LayerNorm(4)
+        self.linear = nn.Linear(4, 3)
+        self.batch_norm = nn.BatchNorm1d(3)
+
+    def forward(self, tokens):
+        x = self.convolution(self.embedding(tokens)[:, None])[:, 0]
+        return self.batch_norm(F.relu(self.linear(self.norm(x))).mean(1))
+
+
+def test_a_model_nobody_knows(device):
+    model = Net().to(device).eval()
+    x = torch.randint(0, 10, (5, 6), device=device)
+    expected = model(x).detach()
+    with pytest.warns(UserWarning, match="Net is not .* left alone: 1 BatchNorm1d, 1 Conv2d$"):
+        assert asymq.prepare(model, EVERYTHING) is model
+    assert [(name, q.kind) for name, q in asymq.named_quantizers(model)] == [
+        ("embedding.weight_quantizer", "weight"),
+        ("norm.weight_quantizer", "norm_weight"),
+        ("norm.output_quantizer", "activation"),
+        ("linear.weight_quantizer", "weight"),
+        ("linear.output_quantizer", "activation"),
+    ]
+    asymq.disable_quantizers(model)
+    assert_bit_equal(model(x), expected)
+    asymq.calibrate(model, [x])
+    assert not torch.equal(model(x), expected)
+    model(x).sum().backward()
+    for group in asymq.range_parameters(model):
+        assert all(p.grad is not None for p in group["params"])
+
+
+def test_nothing_is_left_alone_silently():
+    """Nor is there a warning where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asymq.prepare(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LayerNorm(2)), EVERYTHING)
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="MultiheadAttention, 1 NonDynamicallyQuantizableLinear"):
+        asymq.prepare(attention, EVERYTHING)
+
+
+def test_modules_with_one_weight_share_its_quantizer():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    model = asymq.prepare(Tied(), EVERYTHING)
+    names = [name for name, _ in asymq.named_quantizers(model)]
+    assert names == ["embedding.weight_quantizer", "head.output_quantizer"]
+    x = torch.randint(0, 10, (5,))
+    asymq.calibrate(model, [x])
+    grid = model.embedding.weight_quantizer.fake_quantize(model.embedding.weight)
+    assert_bit_equal(model(x), model.head.output_quantizer(grid[x] @ grid.t()))
+    asymq.convert(model)
+    assert type(model.head) is nn.Linear and model.head.weight is model.embedding.weight
+    assert_bit_equal(model.head.weight.detach(), grid.detach())
+
+
+def test_a_module_under_two_names():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = Twice()
+    layer = model.first
+    asymq.prepare(model, EVERYTHING)
+    assert model.first is model.second and model.first is not layer
+    x = torch.randn(5, 4)
+    asymq.calibrate(model, [x])
+    assert_bit_equal(model(x), model.first(model.first(x)))
+    asymq.convert(model)
+    assert type(model.first) is nn.Linear and model.first is model.second
+
+
+@pytest.mark.parametrize("make", [gpt2, lambda: opt(layer_norm_elementwise_affine=False)])
+def test_ranges_are_where_the_model_is(make):
+    model = asymq.prepare(make().to("meta"), TABLE2)
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_meta or name.endswith("_extra_state"), name
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+REFUSED = [
+    (lambda: nn.Sequential(nn.ReLU()), TABLE2, "Sequential has no Linear, Conv1D, Embedding or La"),
+    (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), TABLE2, "Sequential has no Linear"),
+    (gpt2, QuantConfig(None, None, None), "leaves GPT2LMHeadModel no quantizer"),
+    (gpt2, QuantConfig(SPEC, None, None, skip=("*",)), "leaves GPT2LMHeadModel no quantizer"),
+    (
+        gpt2,
+        QuantConfig(SPEC, SPEC, SPEC, overrides={"*.h.0.*": None, "*.h.7.*": None}),
+        r"no quantizer of GPT2LMHeadModel is called \*\.h\.7\.\*; they are called transformer\.wte",
+    ),
+    (
+        opt,
+        QuantConfig(SPEC, SPEC, SPEC, overrides={"model.*": SPEC}, skip=("head*", "x", "lm_head*")),
+        r"no quantizer of OPTForCausalLM is called head\*, x;",
+    ),
+    (
+        gpt2,
+        QuantConfig(QuantSpec(granularity=PerGroup(5)), SPEC, SPEC),
+        r"transformer\.wte\.weight_quantizer: groups of 5 do not divide an axis of 32",
+    ),
+    (
+        opt,
+        QuantConfig(SPEC, QuantSpec(granularity=PerGroup(64)), SPEC),
+        "_quantizer: groups of 64 do not divide an axis of 32",
+    ),
+    (
+        gpt2,
+        QuantConfig(SPEC, QuantSpec(granularity=PerChannel()), SPEC),
+        r"transformer\.h\.0\.attn\.scores_quantizer: .* needs an axis of known size",
+    ),
+    (
+        gpt2,
+        QuantConfig(SPEC, SPEC, QuantSpec(granularity=PerChannel(1))),
+        r"transformer\.h\.0\.ln_1\.weight_quantizer: axis must be in \[-1, 1\), got 1",
+    ),
+    (
+        gpt2,
+        QuantConfig(None, QuantSpec(dynamic=True), None),
+        r"transformer\.h\.0.*_quantizer is dynamic: .*allow_lookahead=True",
+    ),
+    (
+        opt,
+        QuantConfig(SPEC, SPEC, SPEC, overrides={"*.scores_quantizer": QuantSpec(dynamic=True)}),
+        r"layers\.0\.self_attn\.scores_quantizer is dynamic",
+    ),
+    (lambda: gpt2(add_cross_attention=True), TABLE2, "GPT2LMHeadModel with cross attention"),
+    (lambda: gpt2(reorder_and_upcast_attn=True), TABLE2, "with reorder_and_upcast_attn"),
+]
+
+
+@pytest.mark.parametrize("make, config, message", REFUSED)
+def test_refusals_change_nothing(make, config, message):
+    model = make()
+    before = repr(model), list(model.state_dict()), [type(m) for m in model.modules()]
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    with pytest.raises(ValueError, match=message):
+        asymq.prepare(model, config)
+    assert (repr(model), list(model.state_dict()), [type(m) for m in model.modules()]) == before
+    assert not model._forward_hooks and not model._load_state_dict_pre_hooks
+    assert not hasattr(model, "_asymq")
+    if attention is not None:
+        assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_prepare(family):
+    model = prepared(FAMILIES[family]())
+    before = logits(model, tokens())
+    with pytest.raises(ValueError, match="has quantizers already"):
+        asymq.prepare(model, TABLE2)
+    assert_bit_equal(logits(model, tokens()), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dynamic_ranges_where_they_are_allowed(family, device):
+    dynamic = QuantSpec(bits=8, dynamic=True)
+    config = QuantConfig(dynamic, dynamic, dynamic)
+    model = asymq.prepare(FAMILIES[family]().to(device), config, allow_lookahead=True)
+    result = model(tokens().to(device))  # known at once, without calibration
+    result.logits.square().mean().backward()
+    for group in asymq.range_parameters(model):
+        assert all(p.grad.isfinite().all() for p in group["params"])
+    # Dynamic weights see no tokens.
+    asymq.prepare(FAMILIES[family](), QuantConfig(dynamic, SPEC, SPEC))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uncalibrated_use(family):
+    model = asymq.prepare(FAMILIES[family](), TABLE2)
+    first = next(name for name, q in asymq.named_quantizers(model) if q.kind == "weight")
+    with pytest.raises(RuntimeError, match=f"{re.escape(first)}: .*calibrate"):
+        model(tokens())
+    asymq.disable_quantizers(model)
+    model(tokens())
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(4), PerGroup(2, axis=0)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_granularities_of_weights(family, granularity, device):
+    weight = QuantSpec(4, True, granularity, "min_max")
+    model = prepared(FAMILIES[family]().to(device), QuantConfig(weight, SPEC, None))
+    for _, quantizer in asymq.named_quantizers(model):
+        if quantizer.kind == "weight":
+            assert quantizer.max.dim() == 2 and quantizer.max.numel() > 1
+    model(tokens().to(device)).logits.sum().backward()
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(8)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_granularities_of_activations(family, granularity, device):
+    """All but scores and probabilities have an axis of a known size."""
+    spec = QuantSpec(8, granularity=granularity, parameterization="min_max")
+    tokens_alone = {"*.scores_quantizer": SPEC, "*.probabilities_quantizer": SPEC}
+    config = QuantConfig(None, spec, None, overrides=tokens_alone)
+    model = prepared(FAMILIES[family]().to(device), config)
+    name = {"gpt2": "transformer.h.1.attn", "opt": "model.decoder.layers.1.self_attn"}[family]
+    ranges = 32 if granularity == PerChannel() else 4
+    assert model.get_submodule(f"{name}.context_quantizer").max.shape == (ranges,)
+    model(tokens().to(device)).logits.sum().backward()
