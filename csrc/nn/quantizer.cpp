@@ -172,16 +172,17 @@ void QuantizerImpl::finish_observing(bool force_zero) {
   TORCH_CHECK(all_finite(observed_low_) && all_finite(observed_high_), options.name(),
               ": calibration brought it NaN or infinite values");
   Tensor low = observed_low_, high = observed_high_;
+  const double steps = grid_steps<double>(static_cast<int>(options.bits()));
+  const double width = std::max(kLeastWidth, steps * options.eps());
   if (options.symmetric()) {
-    high = at::maximum(-low, high).clamp_min(kLeastWidth);
+    high = at::maximum(-low, high).clamp_min(std::max(kLeastWidth, width / 2));
     low = -high;
   } else {
     if (force_zero) {
       low = low.clamp_max(0);
       high = high.clamp_min(0);
     }
-    const double steps = grid_steps<double>(static_cast<int>(options.bits()));
-    high = at::maximum(high, low + std::max(kLeastWidth, steps * options.eps()));
+    high = at::maximum(high, low + width);
   }
   set_range(low, high);
   observed_low_ = observed_high_ = Tensor();

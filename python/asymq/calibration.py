@@ -91,11 +91,12 @@ def _range_of_activation(quantizer: Quantizer, force_zero: bool) -> None:
     low, high = observed
     _need_finite(quantizer, low, high, "an activation")
     if quantizer.spec.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    elif force_zero:
-        low, high = _include_zero(low, high, torch.ones_like(low, dtype=torch.bool))
-    quantizer.set_range(*_widen(quantizer, low, high))
+        high = torch.maximum(-low, high).clamp(min=max(LEAST_WIDTH, _least_width(quantizer) / 2))
+    else:
+        if force_zero:
+            low, high = _include_zero(low, high, torch.ones_like(low, dtype=torch.bool))
+        low, high = _widen(quantizer, low, high)
+    quantizer.set_range(low, high)
 
 
 def _include_zero(low: Tensor, high: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +104,11 @@ def _include_zero(low: Tensor, high: Tensor, where: Tensor) -> tuple[Tensor, Ten
 
 
 def _widen(quantizer: Quantizer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    width = max(LEAST_WIDTH, quantizer.spec.steps * quantizer.spec.eps)
-    return low, torch.maximum(high, low + width)
+    return low, torch.maximum(high, low + _least_width(quantizer))
+
+
+def _least_width(quantizer: Quantizer) -> float:
+    return max(LEAST_WIDTH, quantizer.spec.steps * quantizer.spec.eps)
 
 
 def _need_finite(quantizer: Quantizer, low: Tensor, high: Tensor, what: str) -> None:

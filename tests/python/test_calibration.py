@@ -87,6 +87,8 @@ def test_symmetric_activations():
     spec = QuantSpec(symmetric=True, parameterization="min_max")
     assert calibrated(spec, [-7.0, 2.0]).max.item() == 7
     assert calibrated(spec, [1.0, 2.0], force_zero=False).max.item() == 2
+    # ±k·eps/2, as wide as the least asymmetric range.
+    assert calibrated(spec, [0.0]).max.item() == pytest.approx(255e-8 / 2, rel=1.2e-7)
 
 
 def test_a_channel_of_zeros():

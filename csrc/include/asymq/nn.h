@@ -109,8 +109,8 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   void start_observing();
 
   /// Makes the extrema that were recorded the range, and quantizes from then on. Symmetric: ±max
-  /// |x|, at least 1e-6. Else with 0 inside if `force_zero`, and max(1e-6, k·eps) wide at least.
-  /// Error, without any change: nothing was recorded, or a NaN or infinity.
+  /// |x|, at least max(1e-6, k·eps/2). Else with 0 inside if `force_zero`, and max(1e-6, k·eps)
+  /// wide at least. Error, without any change: nothing was recorded, or a NaN or infinity.
   void finish_observing(bool force_zero = true);
 
   /// Makes [low, high] the range and its parameters' first values. low, high: of the range tensors'
