@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
 
+# Unpickling a model imports this file alone, and the model runs this attention.
+import asymq.attention  # noqa: F401
 from asymq.preparation import Preparation
 
 MODEL = GPT2LMHeadModel

@@ -10,6 +10,8 @@ from transformers.models.opt.modeling_opt import (
     OPTLearnedPositionalEmbedding,
 )
 
+# Unpickling a model imports this file alone, and the model runs this attention.
+import asymq.attention  # noqa: F401
 from asymq.modules import QuantEmbedding
 from asymq.preparation import Preparation
 
