@@ -56,7 +56,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         specs = {k: QuantSpec.from_dict(v) for k, v in description["quantizers"].items()}
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"asymq.load: {folder} holds no model saved by asymq: {error}") from None
     if model is None:
         model = _float_model(description)
