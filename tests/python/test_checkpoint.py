@@ -93,7 +93,7 @@ def test_a_float_checkpoint_loads(family):
     name = next(name for name in state if name.endswith("fc2.bias") or "c_fc.bias" in name)
     with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
         model.load_state_dict({k: v for k, v in state.items() if k != name})
-    with pytest.raises(RuntimeError, match='Unexpected key.*"h.bias"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"h\.bias"'):
         model.load_state_dict({**state, "h.bias": state[name]})
 
 
