@@ -3,8 +3,10 @@
 import datetime
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -45,3 +47,25 @@ def header(device: str, setting: str) -> list[str]:
         versions += f", CUDA {torch.version.cuda}"
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return [machine(device), versions, f"{date}, {setting}"]
+
+
+def provenance(device: torch.device) -> dict:
+    """Machine, versions and git commit (None outside of a checkout) of a result."""
+    versions = {"asymq": asymq.__version__, "torch": torch.__version__}
+    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    try:
+        versions["transformers"] = version("transformers")
+    except PackageNotFoundError:
+        pass
+    return {"machine": machine(device.type), "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    describe = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        result = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

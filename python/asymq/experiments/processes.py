@@ -1,0 +1,101 @@
+"""One model on several processes, started by torchrun or accelerate launch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from asymq.quantizer import named_quantizers
+
+
+class Processes:
+    """The processes that train one model together, of which this is number `rank` of `count`.
+
+    Every process holds all ranges in float32. The weights are replicated too, or with `shard` split
+    among the processes (FSDP2).
+    """
+
+    def __init__(self, device: str | torch.device | None = None, shard: bool = False):
+        """device: None is the GPU of this process, or the CPU where there is none."""
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        if device is None:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu() else "cpu"
+        self.device = torch.device(device)
+        self.shard = shard
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.together and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    @property
+    def together(self) -> bool:
+        """Whether there is a process group: FSDP2 needs one of a single process too."""
+        return self.count > 1 or self.shard
+
+    def end(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def share(self, value):
+        """The first process's value, everywhere."""
+        values = [value]
+        if self.together:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Puts a model where it is to run, its weights split if they are to be."""
+        if not self.shard:
+            return model.to(self.device)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(self.device.type, (self.count,))
+        quantizers = [quantizer.to(self.device) for _, quantizer in named_quantizers(model)]
+        ranges = {parameter for quantizer in quantizers for parameter in quantizer.parameters()}
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    fully_shard(block, mesh=mesh, ignored_params=ranges)
+        return fully_shard(model, mesh=mesh, ignored_params=ranges)
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """What to call instead of a placed model, so that its ranges get the gradients of the whole
+        batch."""
+        if self.count == 1 or self.shard:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch, of which every process gets as many rows."""
+        return batch[self.rank :: self.count].to(self.device)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Its mean over the processes."""
+        if self.count > 1:
+            dist.all_reduce(value)
+            value = value / self.count
+        return value
+
+    def average_gradients(self, parameters: list[Tensor]) -> None:
+        """What DDP does by itself: ranges beside split weights are nobody else's business."""
+        if self.count > 1 and self.shard:
+            gradients = [p.grad for p in parameters]
+            flat = self.mean(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(part.view_as(gradient))
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
