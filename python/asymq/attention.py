@@ -38,30 +38,27 @@ def quantized_attention(
     if hidden is not None:
         # The lowest finite value, as eager attention adds: a row without any key stays finite.
         scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores)
-    raw = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-
-    def quantize(raw: Tensor) -> Tensor:
-        quantizer = module.probabilities_quantizer
-        probabilities = quantizer(raw)
-        if (
-            hidden is not None
-            and isinstance(quantizer, Quantizer)
-            and quantizer.state == QUANTIZING
-        ):
-            # A range whose lower end is positive lifts zeros too: without this, every query would
-            # see the future.
-            probabilities = torch.where(hidden, 0, probabilities)
-        return probabilities
-
-    probabilities = quantize(raw)
-    if (dropout and module.training) or torch.compiler.is_compiling():
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    raw = torch.softmax(scores, dim=-1, dtype=dtype).to(value.dtype)
+    quantizer = module.probabilities_quantizer
+    probabilities = quantizer(raw)
+    quantizes = isinstance(quantizer, Quantizer) and quantizer.state == QUANTIZING
+    if quantizes:
+        probabilities = _hide(probabilities, hidden)
+    if not quantizes or (dropout and module.training) or torch.compiler.is_compiling():
         context = nn.functional.dropout(probabilities, dropout, module.training) @ value
     else:
-        context = _Attend.apply(probabilities, value, raw.detach(), quantize)
+        context = _Attend.apply(probabilities, value, raw.detach(), hidden, quantizer)
     # With the heads side by side, so that a channel is a channel of the output.
     context = context.transpose(1, 2)
     context = module.context_quantizer(context.flatten(2)).view(context.shape)
     return context, probabilities
+
+
+def _hide(probabilities: Tensor, hidden: Tensor | None) -> Tensor:
+    """A range whose lower end is positive lifts zeros too: without this, every query would see the
+    future."""
+    return probabilities if hidden is None else torch.where(hidden, 0, probabilities)
 
 
 class _Attend(torch.autograd.Function):
@@ -69,22 +66,22 @@ class _Attend(torch.autograd.Function):
     and quantizes them again for the backward: one tensor of [queries, keys] less per layer."""
 
     @staticmethod
-    def forward(ctx, probabilities, value, raw, quantize):
-        ctx.save_for_backward(value, raw)
-        ctx.quantize = quantize
+    def forward(ctx, probabilities, value, raw, hidden, quantizer):
+        ctx.save_for_backward(value, raw, hidden)
+        ctx.quantizer = quantizer
         return probabilities @ value
 
     @staticmethod
     def backward(ctx, grad):
-        value, raw = ctx.saved_tensors
+        value, raw, hidden = ctx.saved_tensors
         grad = grad.to(value.dtype)
-        needs_probabilities, needs_value = ctx.needs_input_grad[:2]
-        return (
-            grad @ value.transpose(-1, -2) if needs_probabilities else None,
-            ctx.quantize(raw).transpose(-1, -2) @ grad if needs_value else None,
-            None,
-            None,
-        )
+        grad_probabilities = grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_probabilities = grad @ value.transpose(-1, -2)
+        if ctx.needs_input_grad[1]:
+            probabilities = _hide(ctx.quantizer.fake_quantize(raw), hidden)
+            grad_value = probabilities.transpose(-1, -2) @ grad
+        return grad_probabilities, grad_value, None, None, None
 
 
 def attention_mask(*args, **kwargs) -> Tensor | None:

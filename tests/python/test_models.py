@@ -289,7 +289,6 @@ def test_quantizing_changes_the_result_a_little(family, device):
     assert 1e-4 < error < 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="attention quantizes again in the backward")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backward_belongs_to_its_forward(family, device):
     """Whatever happens to the quantizers' states in between, as in distillation."""
