@@ -29,12 +29,24 @@ def quantized_attention(
     """(context [batch, queries, heads, width], probabilities [batch, heads, queries, keys]).
 
     query, key, value: [batch, heads, tokens, width]. attention_mask: what `attention_mask` below
-    makes, True where a query sees a key, broadcast against [batch, heads, queries, keys].
+    makes, True where a query sees a key, or a user's own that is added to the scores; broadcast
+    against [batch, heads, queries, keys].
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Scaling the queries spares a pass over the scores.
     scores = module.scores_quantizer((query * scaling) @ key.transpose(-1, -2))
-    hidden = None if attention_mask is None else ~attention_mask
+    hidden = None
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = ~attention_mask
+    elif attention_mask is not None:
+        # A mask of four dimensions comes as the user made it.
+        if not attention_mask.is_floating_point():
+            raise ValueError(
+                "asymq: an attention mask of four dimensions must be bool (True: seen) or floating "
+                f"point (added to the scores), got {attention_mask.dtype}"
+            )
+        scores = scores + attention_mask
+        hidden = attention_mask <= torch.finfo(attention_mask.dtype).min / 2
     if hidden is not None:
         # The lowest finite value, as eager attention adds: a row without any key stays finite.
         scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores)

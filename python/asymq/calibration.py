@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
@@ -25,8 +26,8 @@ def calibrate(
     dict passed as ``model(**batch)``, in evaluation mode with weights already quantized; zero is
     forced into the range unless `force_zero` is False. Symmetric weights get the largest |w| of
     each range, others their own minimum and maximum. LayerNorm weights stay in float meanwhile and
-    get their own minimum and maximum. A second calibration starts afresh. Quantizers that saw no
-    data stay as they were.
+    get their own minimum and maximum. A second calibration starts afresh. Quantizers of activations
+    that saw no data stay as they were, with a warning that names them.
 
     ValueError, with every range and state as before: no quantizer, no batch, NaN or infinite values
     (names the quantizer).
@@ -37,17 +38,24 @@ def calibrate(
     with _undone_on_error(model, quantizers), _evaluating(model):
         for layer in model.modules():
             if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
-                _range_of_weight(layer.weight_quantizer, layer.weight, force_zero)
+                _range_of_weight(layer.weight_quantizer, _whole(layer.weight), force_zero)
         for _, quantizer in quantizers:
             if quantizer.kind == "activation":
                 quantizer.start_observing()
             else:
                 quantizer.state = OFF if quantizer.kind == "norm_weight" else QUANTIZING
         _run(model, batches)
-        for _, quantizer in quantizers:
-            if quantizer.kind == "activation":
-                _range_of_activation(quantizer, force_zero)
+        unseen = []
+        for name, quantizer in quantizers:
+            if quantizer.kind == "activation" and not _range_of_activation(quantizer, force_zero):
+                unseen.append(name)
             quantizer.state = QUANTIZING
+    if unseen:
+        warnings.warn(
+            f"asymq.calibrate: no data reached {', '.join(unseen)}; using them raises an error "
+            "unless they were calibrated before",
+            stacklevel=2,
+        )
 
 
 def _run(model: nn.Module, batches: Iterable) -> None:
@@ -67,13 +75,18 @@ def _run(model: nn.Module, batches: Iterable) -> None:
         raise ValueError("asymq.calibrate: needs at least one batch, got none")
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that FSDP2 has split among processes is gathered."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 def _range_of_weight(quantizer: Quantizer, weight: Tensor, force_zero: bool) -> None:
     if quantizer.spec.dynamic:
         return
     low, high = quantizer.extrema(weight)
     _need_finite(quantizer, low, high, "the weight")
     if quantizer.spec.symmetric:
-        high = torch.maximum(-low, high).clamp(min=LEAST_WIDTH)
+        high = _symmetric_end(quantizer, low, high)
     else:
         if quantizer.kind == "norm_weight":
             # As in a fresh model, where all are 1: one value has no width, but a distance from 0.
@@ -84,19 +97,21 @@ def _range_of_weight(quantizer: Quantizer, weight: Tensor, force_zero: bool) -> 
     quantizer.set_range(low, high)
 
 
-def _range_of_activation(quantizer: Quantizer, force_zero: bool) -> None:
+def _range_of_activation(quantizer: Quantizer, force_zero: bool) -> bool:
+    """Whether there were data."""
     observed = quantizer.take_observed()
     if quantizer.spec.dynamic or observed is None:
-        return
+        return observed is not None
     low, high = observed
     _need_finite(quantizer, low, high, "an activation")
     if quantizer.spec.symmetric:
-        high = torch.maximum(-low, high).clamp(min=max(LEAST_WIDTH, _least_width(quantizer) / 2))
+        high = _symmetric_end(quantizer, low, high)
     else:
         if force_zero:
             low, high = _include_zero(low, high, torch.ones_like(low, dtype=torch.bool))
         low, high = _widen(quantizer, low, high)
     quantizer.set_range(low, high)
+    return True
 
 
 def _include_zero(low: Tensor, high: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +120,10 @@ def _include_zero(low: Tensor, high: Tensor, where: Tensor) -> tuple[Tensor, Ten
 
 def _widen(quantizer: Quantizer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return low, torch.maximum(high, low + _least_width(quantizer))
+
+
+def _symmetric_end(quantizer: Quantizer, low: Tensor, high: Tensor) -> Tensor:
+    return torch.maximum(-low, high).clamp(min=max(LEAST_WIDTH, _least_width(quantizer) / 2))
 
 
 def _least_width(quantizer: Quantizer) -> float:

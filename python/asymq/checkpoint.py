@@ -17,6 +17,7 @@ from asymq.quantizer import named_quantizers
 from asymq.specs import QuantConfig, QuantSpec
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "asymq.json"
+FORMAT = 1
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -28,10 +29,11 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     if not specs:
         raise ValueError("asymq.save: the model has no quantizers; call asymq.prepare first")
     description = {
-        "format": 1,
+        "format": FORMAT,
         "class": type(model).__name__,
         "dtype": str(_weight_dtype(model)).removeprefix("torch."),
-        "config": model.config.to_dict() if hasattr(model, "config") else None,
+        "config": _settings(model, "config"),
+        "generation_config": _settings(model, "generation_config"),
         "quantizers": specs,
     }
     folder = Path(folder)
@@ -50,18 +52,22 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
     """The model that `save` wrote, in evaluation mode on the CPU.
 
     model: a float model of the saved class, needed where it is not one of transformers; it is
-    prepared in place. ValueError: not such a folder, a file that is incomplete, no model given.
+    prepared in place, unless its layers have their quantizers already. ValueError: not such a
+    folder, a file that is incomplete, no model given.
     """
     folder = Path(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
+        if description["format"] != FORMAT:
+            raise KeyError(f"format {description['format']}, this version reads {FORMAT}")
         specs = {k: QuantSpec.from_dict(v) for k, v in description["quantizers"].items()}
+        if model is None:
+            model = _float_model(description)
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"asymq.load: {folder} holds no model saved by asymq: {error}") from None
-    if model is None:
-        model = _float_model(description)
-    # Exactly the saved quantizers, by name.
-    prepare(model, QuantConfig(None, None, None, overrides=specs), allow_lookahead=True)
+    if not any(named_quantizers(model)):
+        # Exactly the saved quantizers, by name.
+        prepare(model, QuantConfig(None, None, None, overrides=specs), allow_lookahead=True)
     try:
         load_model(model, str(folder / WEIGHTS))
     except Exception as error:
@@ -79,7 +85,17 @@ def _float_model(description: dict) -> nn.Module:
             f"asymq.load: {name} is not a model of transformers: pass a float model of that class"
         )
     dtype = getattr(torch, description["dtype"])
-    return cls._from_config(cls.config_class.from_dict(config), dtype=dtype)
+    model = cls._from_config(cls.config_class.from_dict(config), dtype=dtype)
+    if description["generation_config"] is not None:
+        generation = transformers.GenerationConfig.from_dict(description["generation_config"])
+        model.generation_config = generation
+    return model
+
+
+def _settings(model: nn.Module, name: str) -> dict | None:
+    """transformers' settings of a model; None where there are none, or they are something else."""
+    settings = getattr(model, name, None)
+    return settings.to_dict() if hasattr(settings, "to_dict") else None
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:

@@ -45,6 +45,7 @@ class QuantLayer(nn.Module):
         output: QuantSpec | None,
         name: str,
     ) -> None:
+        self._check(name or type(self).__name__, weight)
         self._float_class = float_class
         self._borrowed: _Borrowed | None = None
         prefix = f"{name}." if name else ""
@@ -59,18 +60,26 @@ class QuantLayer(nn.Module):
                 device=self.weight.device,
             )
         if output is not None:
-            self.output_quantizer = QuantAct(
-                output,
-                self.output_channels,
-                name=f"{prefix}output_quantizer",
-                device=None if self.weight is None else self.weight.device,
+            device = None if self.weight is None else self.weight.device
+            self.output_quantizer = QuantAct.on_last_axis(
+                output, self.output_channels, f"{prefix}output_quantizer", device
             )
+
+    def _check(self, label: str, weight: QuantSpec | None) -> None:
+        """ValueError if the layer's options do not go with quantizers."""
+        if self.weight is None and weight is not None:
+            raise ValueError(f"{label}: the layer has no weight to quantize: weight must be None")
 
     @classmethod
     def of_float(
         cls, module: nn.Module, weight: QuantSpec | None, output: QuantSpec | None, name: str = ""
     ):
         """`from_float` of any of the layers, with a name for its quantizers' errors."""
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name or cls.__name__}: the forward of this {type(module).__name__} has been "
+                "replaced (as accelerate's device maps do); quantize the layer before that"
+            )
         layer = cls.__new__(cls)
         _adopt(layer, module)
         layer._quantize(type(module), weight, output, name)
@@ -182,12 +191,14 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
             raise ValueError(
                 f"QuantEmbedding.from_float: needs nn.Embedding, got {type(module).__name__}"
             )
-        if module.max_norm is not None or module.sparse:
-            raise ValueError(
-                "QuantEmbedding.from_float: max_norm and sparse gradients change the weight or its "
-                "gradient row by row; the ranges cannot follow"
-            )
         return cls.of_float(module, weight, None)
+
+    def _check(self, label: str, weight: QuantSpec | None) -> None:
+        if self.max_norm is not None or self.sparse:
+            raise ValueError(
+                f"{label}: max_norm and sparse gradients change the weight or its gradient row by "
+                "row; the ranges cannot follow"
+            )
 
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(
@@ -225,8 +236,6 @@ class QuantLayerNorm(QuantLayer, nn.LayerNorm):
             raise ValueError(
                 f"QuantLayerNorm.from_float: needs nn.LayerNorm, got {type(module).__name__}"
             )
-        if module.weight is None and weight is not None:
-            raise ValueError("QuantLayerNorm.from_float: the module has no weight to quantize")
         return cls.of_float(module, weight, output)
 
     @property
@@ -239,12 +248,20 @@ class QuantLayerNorm(QuantLayer, nn.LayerNorm):
 
 
 class QuantOutput(nn.Module):
-    """Any module followed by the quantizer of its output, a tensor."""
+    """Any module followed by the quantizer of its output, a tensor.
 
-    def __init__(self, module: nn.Module, quantizer: QuantAct):
+    original: the module of the float model for which `module` stands, by default itself.
+    """
+
+    def __init__(self, module: nn.Module, quantizer: QuantAct, original: nn.Module | None = None):
         super().__init__()
         self.module = module
         self.output_quantizer = quantizer
+        # In a tuple nn.Module does not register it.
+        self._original = (original or module,)
+
+    def to_float(self) -> nn.Module:
+        return self._original[0]
 
     def forward(self, *args, **kwargs) -> Tensor:
         return self.output_quantizer(self.module(*args, **kwargs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -88,6 +89,15 @@ class Preparation:
                 f"asymq.prepare: {type(self.model).__name__} with {what} is not supported"
             )
 
+    def refuse_fast_path(self, layer: nn.TransformerEncoderLayer) -> None:
+        """In evaluation torch runs such a layer in one kernel that reads the weights itself; this
+        is the flag that keeps it from that."""
+
+        def step():
+            layer.activation_relu_or_gelu = 0
+
+        self._steps.append(step)
+
     @staticmethod
     def can_wrap(module: nn.Module) -> bool:
         """Exactly these classes: a subclass may use its weight in another way."""
@@ -136,7 +146,7 @@ class Preparation:
         """Quantizes the output of the module `name`, as which `module` serves from now on."""
         quantizer = self._activation(f"{name}.output_quantizer", channels)
         if quantizer is not None:
-            output = QuantOutput(module, quantizer)
+            output = QuantOutput(module, quantizer, self.model.get_submodule(name))
             self._steps.append(lambda: self.model.set_submodule(name, output))
 
     def add(self, name: str, cls: type | None = None, **channels: int | None) -> None:
@@ -166,7 +176,7 @@ class Preparation:
             from asymq.attention import NAME
 
             self._prepared.attention = self.model.config._attn_implementation
-            self._steps.append(lambda: self.model.set_attn_implementation(NAME))
+            self._steps.append(lambda: _run_attention(self.model, NAME))
 
     def _spec(self, name: str, kind: str) -> QuantSpec | None:
         self._names.append(name)
@@ -176,7 +186,7 @@ class Preparation:
         spec = self._spec(name, "activation")
         if spec is None:
             return None
-        quantizer = QuantAct(spec, channels, name=name, device=self._device)
+        quantizer = QuantAct.on_last_axis(spec, channels, name, self._device)
         self._quantizers.append(quantizer)
         return quantizer
 
@@ -194,8 +204,7 @@ class Preparation:
             raise ValueError(
                 f"{what}: the configuration leaves {type(model).__name__} no quantizer"
             )
-        causal = getattr(model, "can_generate", lambda: False)()
-        if causal and not allow_lookahead:
+        if not allow_lookahead and any(getattr(m, "is_causal", False) for m in model.modules()):
             for quantizer in self._quantizers:
                 if quantizer.spec.dynamic and quantizer.kind == "activation":
                     raise ValueError(
@@ -229,8 +238,25 @@ def _end_sharing(model, args, output) -> None:
 
 def _check_state(model, state_dict, prefix, *_) -> None:
     """A state of other quantizers raises before load_state_dict has changed anything."""
+    suffix = "._extra_state"
+    own = {f"{prefix}{name}" for name, _ in named_quantizers(model)}
+    states = {key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)}
+    found = {name for name in states if name in own or name.endswith("quantizer")}
+    if found and found != own:
+        name = min(found ^ own)
+        lacking = "the model has" if name in found else "the state has"
+        raise RuntimeError(f"{name}: the state is of another config: {lacking} no such quantizer")
     for name, quantizer in named_quantizers(model):
         quantizer.check_state(state_dict, f"{prefix}{name}.")
+
+
+def _run_attention(model, implementation: str) -> None:
+    """The configuration says which attention runs; models may share one, so this gets its own."""
+    shared, own = model.config, deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    model.set_attn_implementation(implementation)
 
 
 @torch.no_grad()
@@ -259,7 +285,7 @@ def convert(model: nn.Module) -> nn.Module:
             model.set_submodule(name, plain[module])
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantOutput):
-            model.set_submodule(name, module.module)
+            model.set_submodule(name, module.to_float())
     prepared = model._asymq
     for name, attributes in prepared.added.items():
         module = model.get_submodule(name)

@@ -168,10 +168,12 @@ class Quantizer(nn.Module):
                 f"{parameterization}"
             )
         bounds = self.bounds() if self.calibrated else None
-        device = self.device
+        device, learns = self.device, getattr(self, self.learned[-1]).requires_grad
         for name in (*self.learned, *self.constants, *(f"initial_{n}" for n in self.learned)):
             delattr(self, name)
         self._create_ranges(spec, self.range_shape, device)
+        for parameter in self.parameters():
+            parameter.requires_grad_(learns)
         if bounds is None:
             return
         low, high = bounds
@@ -330,12 +332,31 @@ class QuantAct(Quantizer):
         else:
             ranges = channels
         super().__init__(spec, (ranges,), name, device)
+        self.channels = channels
+
+    @classmethod
+    def on_last_axis(
+        cls, spec: QuantSpec, channels: int | None, name: str = "", device=None
+    ) -> QuantAct:
+        """Where only the size of the last axis is known; None: not even that."""
+        axis = getattr(spec.granularity, "axis", None)
+        if axis not in (None, -1):
+            raise ValueError(
+                f"{name or cls.__name__}: {spec.granularity} names an axis whose size the tensors "
+                "decide; ranges must exist before: use the last axis (None)"
+            )
+        return cls(spec, channels, name=name, device=device)
 
     def shape_on(self, x: Tensor) -> torch.Size:
         if isinstance(self.spec.granularity, PerTensor):
             return self.range_shape
         axis = self.spec.granularity.axis
         axis = _axis(self.label, -1 if axis is None else axis, x.dim())
+        if x.shape[axis] != self.channels:
+            raise RuntimeError(
+                f"{self.label}: axis {axis} of the activation must have {self.channels} channels, "
+                f"got shape {list(x.shape)}"
+            )
         shape = [1] * x.dim()
         shape[axis] = self.range_shape[0]
         return torch.Size(shape)
@@ -372,6 +393,7 @@ class WeightQuantizer(Quantizer):
             groups = _groups(label, shape[axis], granularity.size)
             ranges = (*shape[:axis], groups, *shape[axis + 1 :])
         super().__init__(spec, ranges, name, device)
+        self.weight_shape = torch.Size(shape)
         # While `keep_result` holds, all calls return the first call's result.
         self.keep_result = False
         self._kept: Tensor | None = None
@@ -380,6 +402,14 @@ class WeightQuantizer(Quantizer):
         """Between begin and end one result serves all modules that share the weight; outside, every
         call quantizes, so that nothing outlives an optimizer step."""
         self.keep_result, self._kept = begin, None
+
+    def shape_on(self, x: Tensor) -> torch.Size:
+        if x.shape != self.weight_shape:
+            raise RuntimeError(
+                f"{self.label}: its weight had the shape {list(self.weight_shape)}, now it has "
+                f"{list(x.shape)}: resize a model before quantizing it"
+            )
+        return self.range_shape
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.keep_result or self.state != QUANTIZING:

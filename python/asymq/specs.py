@@ -58,8 +58,8 @@ class PerGroup:
     per: ClassVar[str] = "group"
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"PerGroup: size must be at least 1, got {self.size}")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"PerGroup: size must be an integer of at least 1, got {self.size!r}")
 
 
 Granularity = PerTensor | PerChannel | PerGroup
@@ -277,7 +277,9 @@ class QuantConfig(_Json):
 
         arguments = cls._known(values)
         for kind in ("weight", "activation", "norm_weight"):
-            arguments[kind] = of(arguments.get(kind))
+            if kind not in arguments:
+                raise ValueError(f"QuantConfig: {kind} is missing (null: no such quantizers)")
+            arguments[kind] = of(arguments[kind])
         overrides = arguments.get("overrides", {})
         arguments["overrides"] = {name: of(spec) for name, spec in overrides.items()}
         return cls(**arguments)

@@ -101,8 +101,8 @@ def attach_step_rule(optimizer: Optimizer, model: nn.Module, rule: str) -> StepR
     |z|), "naive_current" (their present ones), "sophisticated" (2/k and 1/s). The step is scaled,
     not the gradient, whose factors Adam would cancel.
 
-    ValueError: an unknown rule, quantizers of another parameterization or not calibrated, none of
-    the ranges in the optimizer.
+    ValueError: an unknown rule; none of the model's ranges in the optimizer; one in it that has
+    another parameterization or is not calibrated.
     """
     what = "asymq.attach_step_rule"
     if rule not in STEP_RULES:
@@ -111,6 +111,9 @@ def attach_step_rule(optimizer: Optimizer, model: nn.Module, rule: str) -> StepR
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     sites = []
     for name, quantizer in named_quantizers(model):
+        learned = [n for n in quantizer.learned if id(getattr(quantizer, n)) in optimized]
+        if not learned:
+            continue
         if quantizer.spec.parameterization != parameterization:
             raise ValueError(
                 f"{what}: {rule} belongs to {parameterization}, but {name} learns "
@@ -118,9 +121,7 @@ def attach_step_rule(optimizer: Optimizer, model: nn.Module, rule: str) -> StepR
             )
         if not quantizer.calibrated:
             raise ValueError(f"{what}: {name} has no first values yet; calibrate the model first")
-        sites += [
-            (quantizer, n) for n in quantizer.learned if id(getattr(quantizer, n)) in optimized
-        ]
+        sites += [(quantizer, n) for n in learned]
     if not sites:
         raise ValueError(f"{what}: the optimizer has none of the model's range parameters")
     return StepRule(optimizer, factor, sites)

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,12 +139,60 @@ def test_a_state_of_another_config_changes_nothing(what, calibrated):
 def test_a_state_that_lacks_a_part():
     model, state = prepared(gpt2()), prepared(gpt2()).state_dict()
     name = "transformer.h.1.mlp_sum_quantizer"
-    for part in ("gamma", "initial_beta", "max", "_extra_state"):
+    for part in ("gamma", "initial_beta", "max"):
         broken = {k: v for k, v in state.items() if k != f"{name}.{part}"}
         with pytest.raises(RuntimeError, match=f"{name}: the state does not fit"):
             model.load_state_dict(broken)
+    broken = {k: v for k, v in state.items() if k != f"{name}._extra_state"}
+    with pytest.raises(RuntimeError, match=f"{name}: the state is of another config"):
+        model.load_state_dict(broken)
     with pytest.raises(RuntimeError, match=f"{name}: the state does not fit.*of shapes"):
         model.load_state_dict({**state, f"{name}.gamma": torch.ones(3)})
+
+
+@pytest.mark.parametrize("more, fewer", [("state", "model"), ("model", "state")])
+def test_a_state_with_other_quantizers_changes_nothing(more, fewer):
+    """One of the two lacks the quantizers of activations."""
+    config = asymq.QuantConfig.table2("min_max")
+    weights = replace(config, activation=None)
+    models = {more: prepared(gpt2(), config), fewer: prepared(gpt2(), weights)}
+    model, state = models["model"], models["state"].state_dict()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.add_(1)
+    with pytest.raises(RuntimeError, match=r"output_quantizer|sum_quantizer|attn\..*_quantizer"):
+        model.load_state_dict(state)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_generation_settings_are_saved(tmp_path):
+    model = prepared(gpt2())
+    model.generation_config.max_new_tokens = 7
+    asymq.save(model, tmp_path)
+    assert asymq.load(tmp_path).generation_config.max_new_tokens == 7
+
+
+def test_load_into_layers_that_have_quantizers(tmp_path):
+    def build():
+        torch.manual_seed(3)
+        output = asymq.QuantSpec(parameterization="min_max")
+        return torch.nn.Sequential(asymq.QuantLinear(4, 3, output=output))
+
+    x = torch.randn(5, 4)
+    model = build()
+    asymq.calibrate(model, [x])
+    asymq.save(model, tmp_path)
+    assert torch.equal(asymq.load(tmp_path, build())(x), model(x))
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    asymq.save(prepared(gpt2()), tmp_path)
+    path = tmp_path / "asymq.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format 99"):
+        asymq.load(tmp_path)
 
 
 # ---- copies ------------------------------------------------------------------------------------

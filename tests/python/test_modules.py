@@ -476,7 +476,7 @@ def test_float_layers_keep_their_options():
     ],
 )
 def test_float_layers_that_do_not_fit(make, message):
-    with pytest.raises(ValueError, match=f"from_float: .*{message}"):
+    with pytest.raises(ValueError, match=f"Quant.*: .*{message}"):
         make()
 
 

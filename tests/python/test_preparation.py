@@ -234,3 +234,89 @@ def test_granularities_of_activations(family, granularity, device):
     ranges = 32 if granularity == PerChannel() else 4
     assert model.get_submodule(f"{name}.context_quantizer").max.shape == (ranges,)
     model(tokens().to(device)).logits.sum().backward()
+
+
+# ---- what surrounds a prepared model -----------------------------------------------------------
+
+
+def test_models_that_share_a_configuration():
+    """A float teacher beside its quantized student."""
+    student = gpt2()
+    teacher = type(student)(student.config).eval()
+    expected = logits(teacher, tokens())
+    prepared(student)
+    assert_bit_equal(logits(teacher, tokens()), expected)
+    assert teacher.config._attn_implementation != student.config._attn_implementation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_models_are_causal_too(family):
+    model = FAMILIES[family]().base_model
+    config = QuantConfig(None, QuantSpec(dynamic=True), None)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="allow_lookahead"):
+        asymq.prepare(model, config)
+
+
+def test_the_fast_path_of_transformer_encoders_is_not_taken():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 16)
+    with pytest.warns(UserWarning, match="MultiheadAttention"):
+        asymq.prepare(model, EVERYTHING)
+    asymq.calibrate(model, [x])
+    assert all(quantizer.calibrated for _, quantizer in asymq.named_quantizers(model))
+    with torch.no_grad():
+        without_gradient = model(x)
+    assert_bit_equal(without_gradient, model(x).detach())
+
+
+def test_a_replaced_forward_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    forward = model[0].forward
+    model[0].forward = lambda x: forward(x)
+    with pytest.raises(ValueError, match="0: the forward of this Linear has been replaced"):
+        asymq.prepare(model, EVERYTHING)
+
+
+def test_a_weight_of_another_shape_is_named():
+    model = prepared(gpt2())
+    model.transformer.wpe.weight = nn.Parameter(torch.randn(64, 32))
+    with pytest.raises(RuntimeError, match=r"transformer\.wpe\.weight_quantizer: its weight had"):
+        logits(model, tokens())
+
+
+def test_channels_that_change_are_named():
+    quantizer = asymq.QuantAct(QuantSpec(granularity=PerChannel()), 4, name="gate")
+    with pytest.raises(RuntimeError, match=r"gate: axis 1 .* 4 channels, got shape \[1, 8\]"):
+        asymq.calibrate(quantizer, [torch.randn(1, 8)])
+
+
+def test_activations_have_channels_on_the_last_axis_alone():
+    config = QuantConfig(None, QuantSpec(granularity=PerChannel(axis=1)), None)
+    with pytest.raises(ValueError, match=r"input_quantizer: .*last axis"):
+        asymq.prepare(gpt2(), config)
+
+
+def test_masks_of_four_dimensions():
+    model, batch = prepared(gpt2()), tokens()
+    expected = logits(model, batch)
+    seen = torch.ones(2, 1, 12, 12).tril()
+    added = (1 - seen) * torch.finfo(torch.float32).min
+    assert_bit_equal(logits(model, batch, attention_mask=seen.bool()), expected)
+    assert_bit_equal(logits(model, batch, attention_mask=added), expected)
+    with pytest.raises(ValueError, match=r"must be bool .* or floating point"):
+        logits(model, batch, attention_mask=seen.long())
+
+
+def test_calibration_names_what_it_did_not_reach():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = asymq.prepare(Half(), QuantConfig(None, SPEC, None))
+    with pytest.warns(UserWarning, match="no data reached unused.output_quantizer;"):
+        asymq.calibrate(model, [torch.randn(2, 3)])

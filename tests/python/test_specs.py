@@ -65,7 +65,9 @@ def test_a_spec_that_cannot_be(arguments, message):
 
 @pytest.mark.parametrize("size", [0, -4])
 def test_a_group_without_elements(size):
-    with pytest.raises(ValueError, match=f"PerGroup: size must be at least 1, got {size}"):
+    with pytest.raises(
+        ValueError, match=f"PerGroup: size must be an integer of at least 1, got {size}"
+    ):
         PerGroup(size)
 
 
@@ -159,7 +161,8 @@ def test_config_json_round_trip(config):
         ({"granularity": {}}, "granularity must be per tensor, channel or group.*None"),
         ({"granularity": {"per": "channel", "size": 4}}, "size"),
         ({"granularity": {"per": "group"}}, "size"),
-        ({"granularity": {"per": "group", "size": 0}}, "size must be at least 1"),
+        ({"granularity": {"per": "group", "size": 0}}, "size must be an integer of at least 1"),
+        ({"granularity": {"per": "group", "size": 2.5}}, "size must be an integer of at least 1"),
     ],
 )
 def test_json_that_says_something_else(values, message):

@@ -12,22 +12,26 @@ from asymq.preparation import Preparation
 
 def plan(preparation: Preparation, model: nn.Module) -> None:
     left_alone: Counter[str] = Counter()
-    wrapped: set[int] = set()
+    found = False
     for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            preparation.refuse_fast_path(module)
         if name and preparation.can_wrap(module):
             preparation.wrap(name)
-            wrapped.add(id(module))
+            found = True
         elif any(True for _ in module.parameters(recurse=False)):
             left_alone[type(module).__name__] += 1
-    if not wrapped:
+    if not found:
         raise ValueError(
             f"asymq.prepare: {type(model).__name__} has no Linear, Conv1D, Embedding or LayerNorm "
             "layer to quantize"
         )
-    if left_alone:
-        what = ", ".join(f"{count} {name}" for name, count in sorted(left_alone.items()))
+    # Of transformers' models users expect more than the layers.
+    if left_alone or hasattr(getattr(model, "config", None), "model_type"):
+        what = [f"{count} {name}" for name, count in sorted(left_alone.items())]
         warnings.warn(
             f"asymq.prepare: {type(model).__name__} is not a model whose every operation asymq "
-            f"knows; its layers are quantized, these with parameters were left alone: {what}",
+            "knows: what happens between its layers is not quantized, and left alone: "
+            + (", ".join(what) or "nothing else"),
             stacklevel=4,
         )
