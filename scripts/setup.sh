@@ -44,3 +44,8 @@ install_package() {
   python -m pip install --quiet --no-build-isolation --no-deps --editable .
   python -m asymq --info
 }
+
+# install_experiment_tools [PACKAGE...]: for whole models, text and plots.
+install_experiment_tools() {
+  python -m pip install --quiet "transformers>=5.4,<6" tokenizers tqdm matplotlib "$@"
+}

@@ -33,7 +33,9 @@ def learning_rate(text):
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "table2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     learning_rate.__name__ = "learning rate"
     add(
@@ -147,6 +149,8 @@ def main(arguments=None):
     parser, args = parse(arguments)
     rank = int(os.environ.get("RANK", 0))
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if args.fsdp and not together:
+        parser.error("--fsdp splits weights among processes: start this with torchrun")
     try:
         import transformers
 

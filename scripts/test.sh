@@ -8,7 +8,8 @@ install_test_tools() {
   [[ -f /usr/include/gtest/gtest.h && -f /usr/include/nlohmann/json.hpp ]] ||
     debian libgtest-dev nlohmann-json3-dev
   python -m pip install --quiet pytest hypothesis expecttest ruff==0.17.6 clang-format==14.0.6 \
-    "transformers>=5.4,<6" accelerate
+    accelerate
+  install_experiment_tools
 }
 
 lint() {

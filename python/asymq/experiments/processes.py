@@ -28,18 +28,13 @@ class Processes:
         self.shard = shard
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.together and not dist.is_initialized():
+        if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     @property
     def first(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
-
-    @property
-    def together(self) -> bool:
-        """Whether there is a process group: FSDP2 needs one of a single process too."""
-        return self.count > 1 or self.shard
 
     def end(self) -> None:
         if dist.is_initialized():
@@ -48,7 +43,7 @@ class Processes:
     def share(self, value):
         """The first process's value, everywhere."""
         values = [value]
-        if self.together:
+        if self.count > 1:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
@@ -73,7 +68,7 @@ class Processes:
         if self.count == 1 or self.shard:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, devices)
 
     def rows(self, batch: Tensor) -> Tensor:
         """This process's part of a batch, of which every process gets as many rows."""
@@ -88,7 +83,7 @@ class Processes:
 
     def average_gradients(self, parameters: list[Tensor]) -> None:
         """What DDP does by itself: ranges beside split weights are nobody else's business."""
-        if self.count > 1 and self.shard:
+        if self.shard:
             gradients = [p.grad for p in parameters]
             flat = self.mean(torch.cat([g.flatten() for g in gradients]))
             for gradient, part in zip(

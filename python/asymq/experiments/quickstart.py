@@ -35,13 +35,13 @@ def write_text(folder: Path) -> tuple[str, str]:
     return train, test
 
 
-def train_tokenizer(train: str) -> PreTrainedTokenizerFast:
+def train_tokenizer(train: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Byte-level BPE, as GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

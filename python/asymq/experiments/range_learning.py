@@ -353,6 +353,7 @@ def _batch(subject: Subject, protocol: Protocol, step: int) -> Tensor:
 
 
 def _float_perplexity(subject: Subject, protocol: Protocol, processes: Processes) -> float:
+    subject.float_perplexity = processes.share(subject.float_perplexity)
     if subject.float_perplexity is None:
         model = processes.place(subject.load())
         subject.float_perplexity = text.perplexity(model, subject.test, protocol.batch)

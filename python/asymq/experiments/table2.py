@@ -49,7 +49,8 @@ ENOUGH_SPACE = 100 << 20  # bytes; checkpoints hold ranges, not weights
 @dataclass(frozen=True)
 class Options:
     """What the command line says beside the protocol. lrs: as typed. devices: one process each, by
-    default all GPUs; together: the processes of torchrun share every cell instead."""
+    default all GPUs; together: the processes of torchrun share every cell instead, with shard
+    (FSDP2) the weights too."""
 
     models: list[str]
     parameterizations: list[str]
@@ -69,7 +70,7 @@ def run(options: Options, protocol: Protocol) -> None:
     BadInput, before anything is written: something given cannot be used.
     """
     processes = None
-    if options.together or options.shard:
+    if options.together:
         processes = Processes(options.devices[0] if options.devices else None, options.shard)
         if protocol.batch % processes.count:
             raise BadInput(

@@ -1,0 +1,474 @@
+"""The command that fills Table 2, on models of two layers with a tokenizer of their own."""
+
+import csv
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import asymq
+from asymq.experiments import files, quickstart, range_learning, table2, text
+from asymq.experiments.range_learning import Protocol
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "table2.py"
+main = runpy.run_path(str(SCRIPT))["main"]
+CONTEXT = 16
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small gain nothing by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with `gpt2`, `opt` and `text`."""
+    folder = tmp_path_factory.mktemp("table2")
+    content = "\n".join(topics[name] for name in sorted(topics))
+    (folder / "text").mkdir()
+    (folder / "text" / "wiki.train.raw").write_text(content[:20_000])
+    (folder / "text" / "wiki.test.raw").write_text(content[20_000:20_400])
+    tokenizer = quickstart.train_tokenizer(content[:20_000], vocabulary=300)
+    for name, make in tiny_models.FAMILIES.items():
+        make(vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def arguments(world, out, *more, model="gpt2"):
+    """More of them replace these."""
+    short = ("--steps", 6, "--batch", 2, "--context", CONTEXT, "--calibration-batches", 2)
+    given = ("--model", world / model, "--data", world / "text", "--out", out, *short, *more)
+    return [str(part) for part in given]
+
+
+def one_cell(world, out, *more):
+    return arguments(world, out, "--parameterizations", "beta_gamma", "--lrs", "1e-2", *more)
+
+
+def result(out, cell="gpt2__beta_gamma__1e-2"):
+    return json.loads((out / f"{cell}.json").read_text())
+
+
+def start(*command):
+    """Of one thread: sums are added in the same order however busy the machine is."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filled(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("filled")
+    names = ("scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid")
+    both = ("--model", world / "gpt2", world / "opt", "--parameterizations", *names)
+    main(arguments(world, out, "--eval-every", 2, *both))
+    return out
+
+
+def test_a_result_says_all_about_its_cell(filled):
+    found = result(filled, "opt__scale_offset__1e-3")
+    assert (found["model"], found["parameterization"], found["lr"]) == ("opt", "scale_offset", 1e-3)
+    assert (found["steps"], found["seed"], found["peak_gib"]) == (6, 0, None)
+    assert list(found["ppl"]) == ["0", "2", "4", "6"]
+    assert found["calibrated_ppl"] == found["ppl"]["0"]
+    assert found["final_ppl"] == found["ppl"]["6"]
+    assert found["fp_ppl"] == result(filled, "opt__min_max__1e-2")["fp_ppl"] > 1
+    assert len(found["loss"]) == 6
+    assert len(found["trajectories"]) == 6
+    for points in found["trajectories"].values():
+        assert [step for step, _, _ in points] == [0, 1, 2, 3, 4, 5, 6]
+        assert all(low < high for _, low, high in points[:1])
+    assert found["seconds_per_step"] > 0
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["settings"]["context"] == CONTEXT
+    assert found["settings"]["weight_bits"] == 4
+
+
+def test_files_of_a_table(filled):
+    rates = ("1e-2", "1e-3")
+    names = ("scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid")
+    expected = {f"{m}__{p}__{r}.json" for m in ("gpt2", "opt") for p in names for r in rates}
+    plots = ("perplexity", "loss", "ranges__1e-2", "ranges__1e-3")
+    expected |= {f"{model}__{plot}.png" for model in ("gpt2", "opt") for plot in plots}
+    assert {path.name for path in filled.iterdir()} == {
+        *expected,
+        *("table.md", "table.csv", "ranges"),
+    }
+    for path in filled.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG"), path.name
+
+
+def test_table_is_beside_the_papers(filled):
+    lines = (filled / "table.md").read_text().splitlines()
+    head = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert head[3:] == [
+        f"{name} {rate}"
+        for name in ("scale/offset", "min/max", "beta/gamma", "beta/gamma/sigmoid")
+        for rate in ("1e-2", "1e-3")
+    ]
+    rows = {line.split("|")[1].strip(): line for line in lines[2:] if line.startswith("|")}
+    assert list(rows)[:2] == ["gpt2", "opt"]
+    published = [cell.strip() for cell in rows["paper: OPT-125M"].split("|")[2:-1]]
+    assert published[2:4] == ["4825.7", "746.10"] and published[-2:] == ["", ""]
+    with (filled / "table.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert len(cells) == 16
+    own = next(c for c in cells if (c["model"], c["parameterization"]) == ("gpt2", "min_max"))
+    assert f" {float(own['final_ppl']):.2f} " in rows["gpt2"]
+
+
+def test_learned_ranges_are_kept(filled, world):
+    ranges = load_file(filled / "ranges" / "gpt2__beta_gamma__1e-2.safetensors")
+    beta = ranges["transformer.h.0.input_quantizer.beta"]
+    first = ranges["transformer.h.0.input_quantizer.initial_beta"]
+    assert first.item() == 1 and beta.item() != 1
+
+
+def test_a_second_run_only_reports(filled, world, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in filled.glob("*.json")}
+    monkeypatch.setattr(table2, "run_cell", lambda *_: pytest.fail("a cell was run again"))
+    main(arguments(world, filled, "--model", world / "opt"))
+    assert before == {path: path.stat().st_mtime_ns for path in filled.glob("*.json")}
+    assert "| gpt2 |" in capsys.readouterr().out
+
+
+def test_devices_share_the_cells(world, tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    given = ("--parameterizations", "min_max", "--devices", "cpu")
+    process = start(sys.executable, SCRIPT, *arguments(world, shared, *given, "cpu"))
+    main(arguments(world, alone, *given))
+    finish(process)
+    for rate in ("1e-2", "1e-3"):
+        cell = f"gpt2__min_max__{rate}"
+        assert result(alone, cell)["loss"] == result(shared, cell)["loss"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e7])
+def test_a_diverged_cell_is_a_word_in_the_table(world, tmp_path, monkeypatch, value):
+    perplexity = text.perplexity
+    calls = []
+
+    def diverge(*given):
+        calls.append(given)
+        return perplexity(*given) if len(calls) < 3 else value
+
+    monkeypatch.setattr(text, "perplexity", diverge)
+    main(one_cell(world, tmp_path))
+    assert result(tmp_path)["final_ppl"] == "diverged"
+    assert "| diverged |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_loss_that_is_not_finite_ends_its_cell(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(range_learning, "backward", lambda *_: math.nan)
+    main(one_cell(world, tmp_path))
+    found = result(tmp_path)
+    assert found["loss"] == [None] and found["steps"] == 6
+    assert list(found["ppl"]) == ["0", "1"]
+
+
+# ---- interruptions -----------------------------------------------------------------------------
+
+
+def test_killed_and_continued_is_bit_equal(world, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    long = ("--steps", 120, "--checkpoint-every", 5)
+    uninterrupted = start(sys.executable, SCRIPT, *one_cell(world, whole, *long))
+    process = start(sys.executable, SCRIPT, *one_cell(world, broken, *long))
+    checkpoint = broken / "checkpoints" / "gpt2__beta_gamma__1e-2.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists() and not list(broken.glob("*.json"))
+    saved = torch.load(checkpoint, weights_only=True)["state"]["step"]
+    assert 5 <= saved < 120
+
+    finish(start(sys.executable, SCRIPT, *one_cell(world, broken, *long)))
+    finish(uninterrupted)
+    assert not checkpoint.exists()
+    name = "ranges/gpt2__beta_gamma__1e-2.safetensors"
+    first, second = load_file(whole / name), load_file(broken / name)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    differing = {k for k, v in result(whole).items() if v != result(broken)[k]}
+    assert differing <= {"seconds_per_step"}
+
+
+@pytest.fixture
+def interrupted(world, tmp_path, monkeypatch):
+    """A folder with the checkpoint of step 4."""
+    backward, steps = range_learning.backward, []
+
+    def stop(*given):
+        steps.append(given)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return backward(*given)
+
+    with monkeypatch.context() as context:
+        context.setattr(range_learning, "backward", stop)
+        with pytest.raises(SystemExit) as end:
+            main(one_cell(world, tmp_path, "--checkpoint-every", 2))
+    assert end.value.code == 130
+    return tmp_path
+
+
+def refused(given, capsys):
+    """The one line of an error with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(part) for part in given])
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("table2.py: error: ") and output.err.count("\n") == 1
+    return output.err
+
+
+def test_a_truncated_checkpoint(interrupted, world, capsys):
+    checkpoint = next(interrupted.glob("checkpoints/*"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:3000])
+    message = refused(one_cell(world, interrupted), capsys)
+    assert checkpoint.name in message and "delete it" in message
+
+
+def test_a_checkpoint_of_other_settings(interrupted, world, capsys):
+    message = refused(one_cell(world, interrupted, "--seed", 1), capsys)
+    assert "made with seed 0, not 1" in message and "--out" in message
+    main(one_cell(world, interrupted, "--checkpoint-every", 3))
+    assert "made with seed 0" in refused(one_cell(world, interrupted, "--seed", 1), capsys)
+
+
+def test_a_damaged_result(interrupted, world, capsys):
+    (interrupted / "gpt2__min_max__1e-2.json").write_text("{")
+    assert "gpt2__min_max__1e-2.json" in refused(one_cell(world, interrupted), capsys)
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    (tmp_path / "file").write_text("whole")
+    with pytest.raises(OSError):
+        files.write(tmp_path / "file", fail)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+BAD = {
+    "missing folder": (("--model", "./nothing"), "no such folder"),
+    "another family": (("--model", "{}/bert"), "GPT-2 and OPT"),
+    "no weights": (("--model", "{}/empty"), "config.json"),
+    "missing text": (("--data", "./nothing"), "wiki.train.raw"),
+    "missing file": (("--test-text", "./nothing"), "nothing: No such file"),
+    "short text": (("--test-text", "{}/short"), "less than one window"),
+    "not a text": (("--train-text", "{}/binary"), "UTF-8"),
+    "empty text": (("--train-text", "{}/blank"), "no text"),
+    "long context": (("--context", 33), "2 to 32"),
+    "parameterization": (("--parameterizations", "maxmin"), "maxmin"),
+    "learning rate": (("--lrs", "fast"), "fast"),
+    "no learning": (("--lrs", "0"), "'0'"),
+    "no steps": (("--steps", 0), "at least 1"),
+    "rare checkpoints": (("--checkpoint-every", 101), "1 to 100"),
+    "bits": (("--weight-bits", 1), "2 to 16"),
+    "granularity": (("--weight-granularity", "row"), "'row'"),
+    "groups": (("--weight-granularity", 24), "do not divide"),
+    "one name": (("--model", "{}/gpt2", "{}/other/gpt2"), "two models"),
+    "sharding alone": (("--fsdp",), "torchrun"),
+}
+
+
+@pytest.fixture(scope="module")
+def pitfalls(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pitfalls")
+    for name, family in {"bert": "bert", "empty": "gpt2"}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"model_type": family}))
+    (folder / "bert" / "model.safetensors").touch()
+    (folder / "short").write_text("short")
+    (folder / "blank").write_text(" \n")
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "gpt2").symlink_to(world / "gpt2")
+    (folder / "other").mkdir()
+    (folder / "other" / "gpt2").symlink_to(world / "gpt2")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(world, pitfalls, tmp_path, capsys, name):
+    options, expected = BAD[name]
+    options = [str(option).format(pitfalls) for option in options]
+    message = refused(arguments(world, tmp_path / "out", *options), capsys)
+    assert expected in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_space_for_results(world, tmp_path, capsys, monkeypatch):
+    usage = types.SimpleNamespace(free=5 << 20)
+    monkeypatch.setattr(table2.shutil, "disk_usage", lambda path: usage)
+    assert "5 MB are free" in refused(arguments(world, tmp_path / "out"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_load(world, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (world / "gpt2").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert "do not load" in refused(one_cell(world, tmp_path, "--model", broken), capsys)
+
+
+# ---- the protocol ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameterization", tiny_models.SETTINGS)
+def test_defaults_are_the_papers(parameterization):
+    assert Protocol().config(parameterization) == asymq.QuantConfig.table2(parameterization)
+
+
+def test_default_context():
+    small, xl = transformers.GPT2Config(), transformers.GPT2Config(n_embd=1600, n_head=25)
+    assert range_learning._default_context(small) == 1024
+    assert range_learning._default_context(xl) == 768
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    windows = torch.arange(10)[:, None]
+    epochs = [
+        torch.cat([text.batch_of(windows, step, 2, seed) for step in range(first, first + 5)])
+        for seed, first in ((0, 0), (0, 5), (1, 0))
+    ]
+    for epoch in epochs:
+        assert sorted(epoch.flatten().tolist()) == list(range(10))
+    assert len({tuple(epoch.flatten().tolist()) for epoch in epochs}) == 3
+    # More rows than windows, across the end of an epoch.
+    assert len(text.batch_of(windows, 1, 12, 0)) == 12
+
+
+def test_windows_drop_the_rest():
+    assert text.windows(torch.arange(11), 4, "text").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_perplexity_is_of_all_predictions():
+    model, ids = tiny_models.gpt2(), tiny_models.tokens(batch=5, length=CONTEXT)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert text.perplexity(model, ids, batch=2) == pytest.approx(losses.exp().item(), rel=1e-5)
+
+
+def test_texts_of_the_hub_are_as_the_files(monkeypatch):
+    rows = ["", " = Title = \n", "", " Words . \n"]
+
+    def load_dataset(name, configuration, split):
+        assert (name, configuration) == ("some/wikitext", "raw")
+        return {"text": rows if split == "test" else rows[:2]}
+
+    module = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    train, test = text.read("some/wikitext:raw")
+    assert test.content == " \n = Title = \n \n Words . \n"
+    assert train.content == " \n = Title = \n"
+
+
+def test_line_by_line_tokens(world):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "gpt2")
+    content = " \nA line .\n \nAnother one .\n"
+    expected = tokenizer("A line .\n")["input_ids"] + tokenizer("Another one .\n")["input_ids"]
+    assert text.tokenize(tokenizer, content, by_line=True).tolist() == expected
+    assert text.tokenize(tokenizer, content).tolist() == tokenizer(content)["input_ids"]
+
+
+def test_run_clm_changes_the_evaluation_alone(world, tmp_path):
+    main(one_cell(world, tmp_path / "raw"))
+    main(one_cell(world, tmp_path / "run_clm", "--perplexity", "run_clm"))
+    raw, run_clm = (result(tmp_path / name) for name in ("raw", "run_clm"))
+    assert raw["loss"] == run_clm["loss"]
+    assert raw["fp_ppl"] != run_clm["fp_ppl"]
+
+
+# ---- one cell on several processes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["gpt2", "opt"])
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(world, tmp_path, model, options):
+    step = (ROOT / "tests/python/first_step.py", world / model, world / "text")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    alone = start(sys.executable, *step, tmp_path / "alone.pt")
+    together = start(*torchrun, "--nproc-per-node", 2, *step, tmp_path / "both.pt", *options)
+    finish(alone)
+    finish(together)
+    alone, both = (torch.load(tmp_path / name) for name in ("alone.pt", "both.pt"))
+    assert both["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    for name, expected in alone["gradients"].items():
+        torch.testing.assert_close(both["gradients"][name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_fill_a_table(world, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    given = one_cell(world, tmp_path / "two", "--fsdp")
+    finish(start(*torchrun, "--nproc-per-node", 2, SCRIPT, *given))
+    main(one_cell(world, tmp_path / "one"))
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    assert two["fp_ppl"] == pytest.approx(one["fp_ppl"], rel=1e-6)
+    # Adam's first steps have the size of the learning rate however small a gradient is.
+    assert two["final_ppl"] == pytest.approx(one["final_ppl"], rel=1e-2)
+    assert (tmp_path / "two" / "table.md").exists()
+
+
+# ---- the quick start ---------------------------------------------------------------------------
+
+
+def test_quickstart_makes_a_model_and_keeps_it(tmp_path, monkeypatch, capsys):
+    command = ["quickstart", str(tmp_path), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    quickstart.main()
+    folder = tmp_path / quickstart.NAME
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    train, test = text.read(str(tmp_path / "text"))
+    assert len(train.content) + len(test.content) > 300_000
+    subject = range_learning.open_subject(str(folder), train, test, Protocol())
+    assert subject.train.shape[1] == quickstart.CONTEXT
+    assert sum(p.numel() for p in subject.load().parameters()) > 1_000_000
+    quickstart.main()
+    assert "is there already" in capsys.readouterr().out
