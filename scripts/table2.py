@@ -11,8 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 PARAMETERIZATIONS = (
     *("scale_offset", "min_max", "beta_gamma"),  # by default
     *("beta_gamma_sigmoid", "kscale_koffset"),
@@ -155,7 +153,6 @@ def main(arguments=None):
         import transformers
 
         from asymq.experiments import range_learning, table2
-        from asymq.experiments.files import BadInput
     except ModuleNotFoundError as error:
         parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
     transformers.utils.logging.set_verbosity_error()
@@ -178,7 +175,7 @@ def main(arguments=None):
     )
     try:
         table2.run(options, range_learning.Protocol(**protocol))
-    except (BadInput, OSError, torch.OutOfMemoryError) as error:
+    except table2.FAILURES as error:
         message = str(error).splitlines()[0]
         # Under torchrun every process finds the same.
         return parser.error(message) if rank == 0 else 2

@@ -309,6 +309,7 @@ BAD = {
     "granularity": (("--weight-granularity", "row"), "'row'"),
     "groups": (("--weight-granularity", 24), "do not divide"),
     "one name": (("--model", "{}/gpt2", "{}/other/gpt2"), "two models"),
+    "unknown device": (("--devices", "cuda:99"), "no such device"),
     "sharding alone": (("--fsdp",), "torchrun"),
 }
 

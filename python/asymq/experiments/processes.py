@@ -37,7 +37,9 @@ class Processes:
         return self.rank == 0
 
     def end(self) -> None:
+        """Together: a process that left early would take the connections of the others along."""
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     def share(self, value):

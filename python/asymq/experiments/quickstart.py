@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from asymq.experiments import text
 from asymq.experiments.files import write
@@ -52,7 +53,7 @@ def train_tokenizer(train: str, vocabulary: int = VOCABULARY) -> PreTrainedToken
     )
 
 
-def train_model(windows: torch.Tensor, steps: int, batch: int = 16, lr: float = 2e-3):
+def train_model(windows: torch.Tensor, steps: int, batch: int = 8, lr: float = 1.5e-3):
     """A GPT-2 of 4 layers and 1.07 million weights after `steps` of AdamW."""
     torch.manual_seed(0)
     config = GPT2Config(
@@ -66,7 +67,6 @@ def train_model(windows: torch.Tensor, steps: int, batch: int = 16, lr: float = 
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        loss_type="ForCausalLM",
     )
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
@@ -89,12 +89,14 @@ def train_model(windows: torch.Tensor, steps: int, batch: int = 16, lr: float = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=900)
     args = parser.parse_args()
     target = args.folder / NAME
     if target.exists():
         print(f"{target} is there already")
         return
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     train, test = write_text(args.folder / "text")
     tokenizer = train_tokenizer(train)
     rows = [text.windows(text.tokenize(tokenizer, t), CONTEXT, "topics") for t in (train, test)]

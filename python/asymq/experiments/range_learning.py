@@ -5,6 +5,7 @@ The weights are frozen and dropout is off, so that a step depends on the ranges 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import pickle
@@ -270,6 +271,7 @@ def run_cell(
     else:
         state = State(fp_ppl=_float_perplexity(subject, protocol, processes))
 
+    gc.collect()  # models of earlier cells, which hold themselves in cycles
     model = asymq.prepare(subject.load(), protocol.config(cell.parameterization))
     model.config.use_cache = False
     asymq.freeze_weights(model)
@@ -404,6 +406,9 @@ def read_result(path: Path) -> dict:
     """BadInput: it is damaged."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"model", "parameterization", "lr", "fp_ppl", "final_ppl", "settings"} - {*result}
+        if missing:
+            raise ValueError(missing)
         return {**result, "cell": Cell(*path.stem.rsplit("__", 2))}
     except (OSError, ValueError, TypeError):
         raise BadInput(f"{path}: is not a result; delete it and the cell is run again") from None

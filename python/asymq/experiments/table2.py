@@ -43,6 +43,8 @@ PAPER = {
     "OPT-1.3B": (16.8, (3192.3, 16.9, 17.1, 16.6, 16.5, 14.9)),
 }
 ORDER = ("scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid", "kscale_koffset")
+# What a line tells enough about.
+FAILURES = (BadInput, OSError, torch.OutOfMemoryError)
 ENOUGH_SPACE = 100 << 20  # bytes; checkpoints hold ranges, not weights
 
 
@@ -69,6 +71,7 @@ def run(options: Options, protocol: Protocol) -> None:
 
     BadInput, before anything is written: something given cannot be used.
     """
+    devices = _devices(options)
     processes = None
     if options.together:
         processes = Processes(options.devices[0] if options.devices else None, options.shard)
@@ -82,7 +85,6 @@ def run(options: Options, protocol: Protocol) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for leftover in options.out.rglob(".*.partial"):
         leftover.unlink(missing_ok=True)
-    devices = options.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     if processes is not None:
         _run_in_order(processes.share(cells), subjects, protocol, options.out, processes)
         processes.end()
@@ -99,6 +101,15 @@ def run(options: Options, protocol: Protocol) -> None:
 
 
 # ---- before any work ---------------------------------------------------------------------------
+
+
+def _devices(options: Options) -> list[str]:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = [*gpus, "cpu"]
+    for device in options.devices or ():
+        if device not in known:
+            raise BadInput(f"--devices {device}: there is no such device here, only {known}")
+    return options.devices or gpus or ["cpu"]
 
 
 def open_subjects(options: Options, protocol: Protocol) -> dict[str, Subject]:
@@ -122,8 +133,9 @@ def unfinished(options: Options, subjects: dict[str, Subject]) -> list[Cell]:
         result = read_result(path)
         subject = subjects.get(result["cell"].model)
         if subject is not None:
-            need_same_settings(path, result.get("settings", {}), subject)
-            subject.float_perplexity = result["fp_ppl"]
+            need_same_settings(path, result["settings"], subject)
+            if not isinstance(result["fp_ppl"], str):
+                subject.float_perplexity = result["fp_ppl"]
     cells = [
         Cell(label, parameterization, lr)
         for label in subjects
@@ -203,7 +215,10 @@ def _work(queue, lock, position, device, subjects, protocol, out) -> None:
     processes = Processes(device)
     while (cell := queue.get()) is not None:
         with Progress(str(cell), protocol.steps, position=position) as bar:
-            run_cell(cell, subjects[cell.model], protocol, out, processes, bar.show)
+            try:
+                run_cell(cell, subjects[cell.model], protocol, out, processes, bar.show)
+            except FAILURES as error:
+                sys.exit(f"{cell}: {str(error).splitlines()[0]}")
 
 
 class Progress:

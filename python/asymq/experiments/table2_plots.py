@@ -80,7 +80,7 @@ def _perplexity(model: str, own: list[dict]) -> Figure:
     whole.set(yscale="log", title="all, diverged values left out")
     for ticks in (whole.yaxis.set_major_formatter, whole.yaxis.set_minor_formatter):
         ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    whole.legend(**LEGEND)
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, **LEGEND)
     near.set_title("near the float model")
     values = [v for result in own for v in result["ppl"].values() if not isinstance(v, str)]
     if not isinstance(plain, str) and values:
