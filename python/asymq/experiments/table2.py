@@ -10,6 +10,7 @@ import csv
 import io
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,8 +226,9 @@ class Progress:
     """A bar with loss and time left; where the output is not a terminal, ten lines a cell."""
 
     def __init__(self, name: str, steps: int, shown: bool = True, position: int = 0):
+        self._name, self._steps, self._shown = name, steps, shown
         self._terminal = sys.stderr.isatty()
-        self._shown, self._every = shown, max(1, steps // 10)
+        self._first: tuple[int, float] | None = None  # step of this run, and when it ended
         self._bar = tqdm(
             desc=name,
             total=steps,
@@ -234,8 +236,6 @@ class Progress:
             position=position,
             disable=not (shown and self._terminal),
         )
-        self._name, self._steps = name, steps
-        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -244,14 +244,21 @@ class Progress:
         self._bar.close()
 
     def show(self, step: int, loss: float) -> None:
-        if not self._shown:
-            return
+        if self._first is None:
+            self._first = step, time.perf_counter()
+            # A continued cell starts there, not at 0: the time left is reckoned from it.
+            self._bar.initial = self._bar.n = step - 1
         if self._terminal:
             self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            self._bar.initial = self._bar.initial or step - 1
             self._bar.update(step - self._bar.n)
-        elif step % self._every == 0:
-            print(f"{self._name}: step {step} of {self._steps}, loss {loss:.3f}", file=sys.stderr)
+        elif self._shown and step % max(1, self._steps // 10) == 0:
+            first, began = self._first
+            each = (time.perf_counter() - began) / max(1, step - first)
+            left = tqdm.format_interval(each * (self._steps - step))
+            print(
+                f"{self._name}: step {step} of {self._steps}, loss {loss:.3f}, {left} left",
+                file=sys.stderr,
+            )
 
 
 # ---- the table ---------------------------------------------------------------------------------
