@@ -275,7 +275,9 @@ TEST_P(ModuleTest, CalibratedRanges) {
   EXPECT_EQ(ends({}, -data), Ends(-2.0f, 0.0f));
   EXPECT_EQ(ends({}, data, false), Ends(0.5f, 2.0f));
   EXPECT_EQ(ends(symmetric, -data), Ends(-2.0f, 2.0f));
-  EXPECT_EQ(ends(symmetric, 0 * data), Ends(-1e-6f, 1e-6f));
+  // ±k·eps/2, as wide as the least asymmetric range, and never below 1e-6.
+  EXPECT_EQ(ends(symmetric, 0 * data), Ends(-127.5e-8f, 127.5e-8f));
+  EXPECT_EQ(ends(QuantizerOptions().bits(4).symmetric(true), 0 * data), Ends(-1e-6f, 1e-6f));
   EXPECT_EQ(ends(QuantizerOptions().bits(4), 0 * data), Ends(0.0f, 1e-6f));
   EXPECT_EQ(ends(QuantizerOptions().bits(16), 0 * data), Ends(0.0f, 65535e-8f));
   EXPECT_EQ(ends({}, at::cat({at::empty({0}), data})), Ends(0.0f, 2.0f));
