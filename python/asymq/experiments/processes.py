@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -39,6 +40,9 @@ class Processes:
     def end(self) -> None:
         """Together: a process that left early would take the connections of the others along."""
         if dist.is_initialized():
+            # A split model holds its group's connections, and itself in cycles: they must close
+            # before the interpreter does.
+            gc.collect()
             dist.barrier()
             dist.destroy_process_group()
 
