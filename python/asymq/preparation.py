@@ -68,8 +68,7 @@ class _Prepared:
 class Preparation:
     """Collects the quantizers of a model, then puts them all in at once.
 
-    A model family calls `refuse`, `wrap`, `follow`, `add` and `attention`; nothing of the model
-    changes before `apply`.
+    A model family calls the methods of the first part; nothing of the model changes before `apply`.
     """
 
     def __init__(self, model: nn.Module, config: QuantConfig):
