@@ -3,6 +3,7 @@
 // fixed order.
 #include "device.cuh"
 #include "kernels.h"
+#include "range_gradients.cuh"
 
 namespace asymq::cuda {
 namespace {
@@ -10,53 +11,12 @@ namespace {
 using detail::Layout;
 using detail::RangePointers;
 
-/// Lets `finish` be launched while this kernel still runs; it waits for its end by itself.
-__device__ __forceinline__ void allow_overlap() {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
 /// Operands of one backward call; see launch_backward.
 template <class S, class P>
-struct Backward {
-  QuantizerKind kind;
-  RangePointers<P> ranges;
+struct Backward : RangeGradients<Compute<S>, P> {
   const S* grad;
   const S* x;
   S* dx;
-  P* first;
-  P* second;
-  double* workspace;
-  PartialSums partials;
-  bool needs_sums;
-
-  using T = Compute<S>;
-
-  __device__ RangeGradientMap gradient_map(int64_t range) const {
-    return make_gradient_map<T>(kind, ranges.load(range));
-  }
-
-  __device__ void store_gradient(int64_t range, const RangeGradientMap& map,
-                                 const Sums<double>& sums) const {
-    const RangeGradient gradient = range_gradient(kind, map, sums);
-    if (first != nullptr) first[range] = static_cast<P>(gradient.first);
-    if (second != nullptr) second[range] = static_cast<P>(gradient.second);
-  }
-
-  /// Sums of partial (outer, inner) of a range: the gradient itself where there is only one.
-  __device__ void store_sums(int64_t range, int64_t outer, int64_t inner,
-                             const Sums<double>& sums) const {
-    if (partials.count() == 1) {
-      store_gradient(range, gradient_map(range), sums);
-      return;
-    }
-    double* to = workspace + outer * partials.outer_stride + range * partials.range_stride +
-                 inner * partials.inner_stride;
-    to[0] = sums.inside;
-    to[partials.sum_stride] = sums.below;
-    to[2 * partials.sum_stride] = sums.above;
-  }
 };
 
 /// Distances in x and in the tensors that are laid out like the output.
@@ -157,7 +117,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
                                           {stride, stride}, SameGrid{fast}, SameSums<T>{sums});
       });
     }
-    if (!op.needs_sums) continue;
+    if (!op.needed()) continue;
     sums = sum_lanes(sums, plan.lanes);
     const int source = (lane - base) * plan.lanes;
     const Sums<T> received{__shfl_sync(~0u, sums.inside, source),
@@ -165,7 +125,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
                            __shfl_sync(~0u, sums.above, source)};
     if (lane >= base && lane < base + together) my_sums = received;
   }
-  if (op.needs_sums && lane < rows) {
+  if (op.needed() && lane < rows) {
     const int64_t row = first + lane;
     Sums<double> wide{};
     add(wide, my_sums);
@@ -207,7 +167,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       add(sums, partial);
     }
   });
-  if (!op.needs_sums) return;
+  if (!op.needed()) return;
   sums = sum_block<kSpanThreads>(sums);
   if (threadIdx.x == 0) op.store_sums(range, row / shape.channels, piece, sums);
 }
@@ -233,7 +193,7 @@ __global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) shared[threadIdx.x / kWarp][tile.offset + i] = sums[i];
   });
-  if (!op.needs_sums) return;
+  if (!op.needed()) return;
   __syncthreads();
   tile.for_each_column(shape, [&](int i) {
     Sums<double> sums{};
@@ -280,56 +240,9 @@ __global__ void __launch_bounds__(kGenericThreads)
     add(partial, term);
     add(sums, partial);
   }
-  if (!op.needs_sums) return;
+  if (!op.needed()) return;
   sums = sum_block<kGenericThreads>(sums);
   if (threadIdx.x == 0) op.store_sums(range, 0, piece, sums);
-}
-
-constexpr int kFinishThreads = 256;
-
-/// Adds up partial sums: blockDim.x ranges by blockDim.y threads each, kFinishThreads together.
-template <class S, class P>
-__global__ void __launch_bounds__(kFinishThreads) finish(int64_t ranges, Backward<S, P> op) {
-  const PartialSums& partials = op.partials;
-  const int64_t range = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  // 32-bit indices: a division of 64-bit ones would take longer than the sums.
-  const auto count = static_cast<unsigned>(partials.count());
-  const auto inner = static_cast<unsigned>(partials.inner);
-  Sums<double> sums{};
-  RangeGradientMap map;
-  if (threadIdx.y == 0 && range < ranges) map = op.gradient_map(range);
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-  if (range < ranges) {
-    const double* from = op.workspace + range * partials.range_stride;
-    for (unsigned i = threadIdx.y; i < count; i += blockDim.y) {
-      const double* at =
-          from + i / inner * partials.outer_stride + i % inner * partials.inner_stride;
-      add(sums, Sums<double>{at[0], at[partials.sum_stride], at[2 * partials.sum_stride]});
-    }
-  }
-  __shared__ Sums<double> shared[kFinishThreads];
-  const int me = threadIdx.y * blockDim.x + threadIdx.x;
-  shared[me] = sums;
-  for (int step = blockDim.y / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (threadIdx.y < step) add(shared[me], shared[me + step * blockDim.x]);
-  }
-  if (threadIdx.y == 0 && range < ranges) op.store_gradient(range, map, shared[me]);
-}
-
-/// Whether the code of `finish` that the device runs waits for the pass before it: code for 9.0 and
-/// later does, also where the driver compiled it from PTX; code for 8.0 run on a later device does
-/// not.
-template <class S, class P>
-bool finish_waits() {
-  static const bool waits = [] {
-    cudaFuncAttributes attributes{};
-    return cudaFuncGetAttributes(&attributes, finish<S, P>) == cudaSuccess &&
-           attributes.ptxVersion >= 90;
-  }();
-  return waits;
 }
 
 template <bool kVectorized, class S, class P>
@@ -350,16 +263,7 @@ template <class S, class P>
 void launch_backward(const Plan& plan, const Layout& layout, const QuantizerKind& kind,
                      const RangePointers<P>& ranges, const S* grad, const S* x, S* dx, P* first,
                      P* second, double* workspace, cudaStream_t stream) {
-  Backward<S, P> op{kind,
-                    ranges,
-                    grad,
-                    x,
-                    dx,
-                    first,
-                    second,
-                    workspace,
-                    partial_sums(plan),
-                    first != nullptr || second != nullptr};
+  Backward<S, P> op{{kind, ranges, first, second, workspace, partial_sums(plan)}, grad, x, dx};
   // An empty x has no partial sums, but its ranges have gradients.
   if (layout.numel == 0) {
     op.partials.outer = 0;
@@ -371,21 +275,8 @@ void launch_backward(const Plan& plan, const Layout& layout, const QuantizerKind
   } else {
     launch_shaped<false>(plan, op, stream);
   }
-  if (op.needs_sums && op.partials.count() != 1) {
-    unsigned width = 1;
-    while (width < kWarp && width < layout.ranges) width *= 2;
-    const auto blocks = static_cast<unsigned>(ceil_div(layout.ranges, width));
-    // Launched while the pass above still runs; it waits where it needs the sums.
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = blocks;
-    config.blockDim = dim3(width, kFinishThreads / width);
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = plan.overlaps && finish_waits<S, P>() ? 1 : 0;
-    cudaLaunchKernelEx(&config, finish<S, P>, layout.ranges, op);
+  if (op.needed() && op.partials.count() != 1) {
+    launch_finish<Compute<S>, P>(layout.ranges, op, plan.overlaps, stream);
   }
 }
 

@@ -11,9 +11,6 @@
 
 namespace asymq::cuda {
 
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 /// Elements of one access: 16 bytes, or 1 element.
 template <class S, bool kVectorized>
 constexpr int kWidth = kVectorized ? 16 / sizeof(S) : 1;

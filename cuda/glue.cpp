@@ -64,11 +64,12 @@ void dispatch_codes(const at::Tensor& codes, const Body& body) {
   }
 }
 
+bool aligned(const at::Tensor& tensor) {
+  return !tensor.defined() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
 cuda::Plan plan_for(const Layout& layout, bool sums, const at::Tensor& x,
                     std::initializer_list<at::Tensor> others) {
-  const auto aligned = [](const at::Tensor& tensor) {
-    return !tensor.defined() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  };
   const auto* device = at::cuda::getCurrentDeviceProperties();
   cuda::Plan plan =
       cuda::make_plan(layout, static_cast<int>(x.element_size()),
@@ -137,6 +138,109 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_cuda(
   return {dx, first_grad, second_grad};
 }
 
+template <class P>
+cuda::SoftmaxQuantizerPointers<P> softmax_quantizer(const QuantizerKind& kind,
+                                                    const ContiguousRanges& ranges) {
+  return {kind, ranges.pointers<P>()};
+}
+
+/// `sums`: the call is a backward that wants gradients of ranges.
+cuda::SoftmaxPlan softmax_plan_for(const at::Tensor& scores, bool sums,
+                                   std::initializer_list<at::Tensor> tensors) {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  cuda::SoftmaxPlan plan = cuda::make_softmax_plan(
+      scores.size(0) * scores.size(1) * scores.size(2), scores.size(3),
+      static_cast<int>(scores.element_size()), std::all_of(tensors.begin(), tensors.end(), aligned),
+      sums, device->multiProcessorCount);
+  plan.overlaps = device->major >= 9;
+  return plan;
+}
+
+std::tuple<at::Tensor, at::Tensor> quantized_softmax_cuda(
+    const at::Tensor& scores, const OptionalTensor& mask, bool causal, at::TensorList scores_ranges,
+    int64_t scores_parameterization, int64_t scores_bits, double scores_eps,
+    at::TensorList probabilities_ranges, int64_t probabilities_parameterization,
+    int64_t probabilities_bits, double probabilities_eps) {
+  const SoftmaxKinds kinds = check_quantized_softmax(
+      scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
+      {probabilities_ranges, probabilities_parameterization, probabilities_bits,
+       probabilities_eps});
+  const c10::cuda::CUDAGuard guard(scores.device());
+  at::Tensor out = at::empty(scores.sizes(), scores.options());
+  at::Tensor statistics = at::empty({scores.size(0), scores.size(1), scores.size(2), 2},
+                                    scores.options().dtype(compute_dtype(scores.scalar_type())));
+  if (statistics.numel() == 0) return {out, statistics};
+  const at::Tensor dense = scores.contiguous();
+  const MaskTensor mask_tensor(mask, scores, causal);
+  const ContiguousRanges of_scores(kinds.scores_ranges.tensors());
+  const ContiguousRanges of_probabilities(kinds.probabilities_ranges.tensors());
+  const cuda::SoftmaxPlan plan = softmax_plan_for(scores, false, {dense, out});
+  dispatch_dtypes(scores, kinds.scores_ranges.first, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    cuda::launch_softmax_forward<S, P>(
+        plan,
+        {{scores.size(0), scores.size(1), scores.size(2), scores.size(3)},
+         mask_tensor.view<cuda::Compute<S>>(),
+         softmax_quantizer<P>(kinds.scores, of_scores),
+         softmax_quantizer<P>(kinds.probabilities, of_probabilities),
+         input<S>(dense)},
+        output<S>(out), output<cuda::Compute<S>>(statistics), at::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {out, statistics};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+quantized_softmax_backward_cuda(const at::Tensor& grad, const at::Tensor& scores,
+                                const at::Tensor& statistics, const OptionalTensor& mask,
+                                bool causal, at::TensorList scores_ranges,
+                                int64_t scores_parameterization, int64_t scores_bits,
+                                double scores_eps, at::TensorList probabilities_ranges,
+                                int64_t probabilities_parameterization, int64_t probabilities_bits,
+                                double probabilities_eps, std::array<bool, 5> needs) {
+  const SoftmaxKinds kinds = check_quantized_softmax(
+      scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
+      {probabilities_ranges, probabilities_parameterization, probabilities_bits,
+       probabilities_eps});
+  check_softmax_grad(grad, scores);
+  const c10::cuda::CUDAGuard guard(scores.device());
+  at::Tensor dscores = needs[0] ? at::empty(scores.sizes(), scores.options()) : at::Tensor();
+  at::Tensor gradients[4];
+  for (int i = 0; i < 4; ++i) {
+    const at::Tensor& range = (i < 2 ? kinds.scores_ranges : kinds.probabilities_ranges).first;
+    if (needs[1 + i]) gradients[i] = at::empty(range.sizes(), range.options());
+  }
+  const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
+  const MaskTensor mask_tensor(mask, scores, causal);
+  const ContiguousRanges of_scores(kinds.scores_ranges.tensors());
+  const ContiguousRanges of_probabilities(kinds.probabilities_ranges.tensors());
+  const bool sums = std::any_of(needs.begin() + 1, needs.end(), [](bool need) { return need; });
+  const cuda::SoftmaxPlan plan =
+      softmax_plan_for(scores, sums, {dense, upstream, needs[0] ? dscores : dense});
+  const at::Tensor workspace =
+      sums ? at::empty({6 * plan.blocks}, scores.options().dtype(at::kDouble)) : at::Tensor();
+  dispatch_dtypes(scores, kinds.scores_ranges.first, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    cuda::SoftmaxOperands<S, P> operands{
+        {scores.size(0), scores.size(1), scores.size(2), scores.size(3)},
+        mask_tensor.view<cuda::Compute<S>>(),
+        softmax_quantizer<P>(kinds.scores, of_scores),
+        softmax_quantizer<P>(kinds.probabilities, of_probabilities),
+        input<S>(dense)};
+    operands.scores_quantizer.first = output<P>(gradients[0]);
+    operands.scores_quantizer.second = output<P>(gradients[1]);
+    operands.probabilities_quantizer.first = output<P>(gradients[2]);
+    operands.probabilities_quantizer.second = output<P>(gradients[3]);
+    cuda::launch_softmax_backward<S, P>(
+        plan, operands, input<S>(upstream), input<cuda::Compute<S>>(statistics), output<S>(dscores),
+        output<double>(workspace), at::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dscores, gradients[0], gradients[1], gradients[2], gradients[3]};
+}
+
 at::Tensor quantize_cuda(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
                          int64_t bits, double eps) {
   const QuantizerKind kind = check_quantize("quantize", x, scale, offset, bits, eps);
@@ -202,6 +306,8 @@ std::tuple<at::Tensor, at::Tensor> effective_scale_offset_cuda(
 TORCH_LIBRARY_IMPL(asymq, CUDA, m) {
   m.impl("_fake_quantize", fake_quantize_cuda);
   m.impl("_fake_quantize_backward", fake_quantize_backward_cuda);
+  m.impl("_quantized_softmax", quantized_softmax_cuda);
+  m.impl("_quantized_softmax_backward", quantized_softmax_backward_cuda);
   m.impl("quantize", quantize_cuda);
   m.impl("dequantize", dequantize_cuda);
   m.impl("_effective_scale_offset", effective_scale_offset_cuda);

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include "asymq/detail/layout.h"
+#include "asymq/detail/softmax.h"
 #include "plan.h"
 
 namespace asymq::cuda {
@@ -25,6 +26,36 @@ template <class S, class P>
 void launch_backward(const Plan& plan, const detail::Layout& layout, const QuantizerKind& kind,
                      const detail::RangePointers<P>& ranges, const S* grad, const S* x, S* dx,
                      P* first, P* second, double* workspace, cudaStream_t stream);
+
+/// One quantizer of a softmax.
+template <class P>
+struct SoftmaxQuantizerPointers {
+  QuantizerKind kind;
+  detail::RangePointers<P> ranges;
+  P* first = nullptr;  ///< backward: gradients of the learned parameters; null where not wanted
+  P* second = nullptr;
+};
+
+/// Operands of a quantized softmax and its backward.
+template <class S, class P>
+struct SoftmaxOperands {
+  detail::AttentionShape shape;
+  detail::AttentionMask<Compute<S>> mask;
+  SoftmaxQuantizerPointers<P> scores_quantizer, probabilities_quantizer;
+  const S* scores;
+};
+
+/// statistics [rows, 2]: of each row the largest masked score and the sum of exponentials.
+template <class S, class P>
+void launch_softmax_forward(const SoftmaxPlan& plan, const SoftmaxOperands<S, P>& operands, S* out,
+                            Compute<S>* statistics, cudaStream_t stream);
+
+/// dscores is null where not wanted. `workspace` holds 6 · plan.blocks doubles; it may be null
+/// where no range gradients are wanted.
+template <class S, class P>
+void launch_softmax_backward(const SoftmaxPlan& plan, const SoftmaxOperands<S, P>& operands,
+                             const S* grad, const Compute<S>* statistics, S* dscores,
+                             double* workspace, cudaStream_t stream);
 
 template <class S, class P, class Code>
 void launch_quantize(const detail::Layout& layout, const QuantizerKind& kind,

@@ -4,10 +4,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "asymq/detail/layout.h"
 
 namespace asymq::cuda {
+
+/// The type that elements of type S compute in.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 constexpr int kWarp = 32;
 constexpr int kRowThreads = 128;   // warp_rows: four warps, each with rows of its own
@@ -20,10 +25,12 @@ constexpr int kGenericThreads = 128;
 constexpr int kUnroll = 4;
 constexpr int kSpanUnroll = 2;
 
-// Resident blocks per multiprocessor that the backward kernels' registers are allotted for.
+// Resident blocks per multiprocessor that registers are allotted for; backward where not said.
 constexpr int kRowBlocks = 5;
 constexpr int kSpanBlocks = 3;
 constexpr int kColumnBlocks = 2;
+constexpr int kSoftmaxForwardBlocks = 4;
+constexpr int kSoftmaxBlocks = 3;
 
 /// Sums are gathered in float over at most this many vectors per thread before they become double.
 constexpr int64_t kVectorsPerSum = 32;
@@ -158,6 +165,29 @@ inline Plan make_plan(const detail::Layout& layout, int element_size, bool align
   plan.pieces =
       sums ? ceil_div(windows, std::min(ceil_div(windows * rows, wanted), windows)) : windows;
   plan.blocks = rows * plan.pieces;
+  return plan;
+}
+
+constexpr int kSoftmaxThreads = 128;  // four warps, each with rows of its own
+
+/// How a softmax is cut: a warp takes neighbouring rows, one after the other.
+struct SoftmaxPlan {
+  bool vectorized = false;  ///< 16-byte accesses, else element by element
+  bool overlaps = false;    ///< the device can launch `finish` while the pass before it runs
+  int64_t rows_per_warp = 1;
+  int64_t blocks = 0;
+};
+
+/// `sums`: few blocks are better, each of which leaves partial sums.
+inline SoftmaxPlan make_softmax_plan(int64_t rows, int64_t keys, int element_size, bool aligned,
+                                     bool sums, int multiprocessors) {
+  SoftmaxPlan plan;
+  plan.vectorized = aligned && keys % (16 / element_size) == 0;
+  constexpr int kWarps = kSoftmaxThreads / kWarp;
+  if (sums) {
+    plan.rows_per_warp = std::clamp<int64_t>(rows / (int64_t{multiprocessors} * kWarps * 16), 1, 8);
+  }
+  plan.blocks = ceil_div(rows, kWarps * plan.rows_per_warp);
   return plan;
 }
 

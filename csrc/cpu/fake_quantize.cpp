@@ -15,6 +15,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu/common.h"
 #include "cpu/vector_loops.h"
 #include "ops/arguments.h"
 
@@ -25,13 +26,9 @@ using detail::Dim;
 using detail::Layout;
 using detail::RangePointers;
 
-constexpr int64_t kTaskElements = 32768;
 constexpr int64_t kEnoughTasks = 64;  // to keep any number of threads busy
 constexpr int64_t kBlock = 512;       // elements that pass through buffers at a time
 static_assert(kBlock <= cpu::kMaxRun);
-
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 /// Offsets, in elements, of one place of the loops.
 struct Position {
@@ -284,17 +281,6 @@ struct Backward {
     }
   }
 };
-
-/// Calls body(S{}, P{}) for the dtypes of elements and ranges.
-template <class Body>
-void dispatch_dtypes(const at::Tensor& x, const at::Tensor& range, const Body& body) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "asymq", [&] {
-    if constexpr (std::is_same_v<scalar_t, double>) {
-      if (range.scalar_type() == at::kDouble) return body(scalar_t{}, double{});
-    }
-    body(scalar_t{}, float{});
-  });
-}
 
 at::Tensor fake_quantize_cpu(const at::Tensor& x, const at::Tensor& first,
                              const OptionalTensor& second, const OptionalTensor& min,

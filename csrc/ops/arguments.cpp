@@ -1,10 +1,12 @@
 #include "ops/arguments.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/ExpandUtils.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace asymq {
 namespace {
@@ -97,6 +99,22 @@ ArgumentList name_ranges(const Traits& traits, const char* prefix, const RangeTe
 
 }  // namespace
 
+ListedRanges::ListedRanges(const char* op, const Traits& traits, at::TensorList list) {
+  size_t used = 0;
+  const auto take = [&](const char* name) -> OptionalTensor {
+    if (name[0] == '\0') return std::nullopt;
+    TORCH_CHECK(used < list.size(), "asymq::", op, ": ", traits.name, " needs the parameter ", name,
+                ", got ", list.size(), " parameters");
+    return list[used++];
+  };
+  first = *take(traits.first);
+  second = take(traits.second);
+  min = take(traits.min);
+  max = take(traits.max);
+  TORCH_CHECK(used == list.size(), "asymq::", op, ": ", traits.name, " needs ", used,
+              " parameters, got ", list.size());
+}
+
 const Traits& traits_of(int64_t parameterization) {
   const int64_t count = std::size(Parameterizations::traits);
   TORCH_CHECK(parameterization >= 0 && parameterization < count,
@@ -150,14 +168,25 @@ void check_ends(const char* op, const at::Tensor& min, const at::Tensor& max, in
               min.sym_sizes(), ", got ", max.sym_sizes());
 }
 
+namespace {
+
+void check_grad(const char* prefix, const char* op, const char* name, const at::Tensor& grad,
+                const at::Tensor& x) {
+  TORCH_CHECK(grad.sym_sizes() == x.sym_sizes(), prefix, op, ": the upstream gradient must have ",
+              name, "'s shape ", x.sym_sizes(), ", got ", grad.sym_sizes());
+  TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(), prefix, op,
+              ": the upstream gradient must be ", x.scalar_type(), " on ", x.device(), " like ",
+              name, ", got ", grad.scalar_type(), " on ", grad.device());
+}
+
+}  // namespace
+
 void check_grad(const at::Tensor& grad, const at::Tensor& x, int64_t parameterization) {
-  const char* name = traits_of(parameterization).name;
-  TORCH_CHECK(grad.sym_sizes() == x.sym_sizes(), "asymq::fake_quantize_", name,
-              ": the upstream gradient must have x's shape ", x.sym_sizes(), ", got ",
-              grad.sym_sizes());
-  TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
-              "asymq::fake_quantize_", name, ": the upstream gradient must be ", x.scalar_type(),
-              " on ", x.device(), " like x, got ", grad.scalar_type(), " on ", grad.device());
+  check_grad("asymq::fake_quantize_", traits_of(parameterization).name, "x", grad, x);
+}
+
+void check_softmax_grad(const at::Tensor& grad, const at::Tensor& scores) {
+  check_grad("asymq::", "quantized_softmax", "scores", grad, scores);
 }
 
 QuantizerKind check_quantize(const char* op, const at::Tensor& x, const at::Tensor& scale,
@@ -180,6 +209,78 @@ QuantizerKind check_quantize(const char* op, const at::Tensor& x, const at::Tens
   check_alike(prefix, op, list, from_codes || x.scalar_type() == at::kDouble);
   check_granularity(prefix, op, x, list);
   return make_kind(find_parameterization("scale_offset", symmetric, false), bits, eps);
+}
+
+namespace {
+
+QuantizerKind check_softmax_quantizer(const char* prefix, const at::Tensor& scores,
+                                      const RangeTensors& ranges,
+                                      const SoftmaxQuantizer& quantizer) {
+  const Traits& traits = traits_of(quantizer.parameterization);
+  check_scalars(prefix, traits.name, quantizer.bits, quantizer.eps);
+  const ArgumentList list = name_ranges(traits, prefix, ranges);
+  check_alike(prefix, traits.name, list, scores.scalar_type() == at::kDouble);
+  TORCH_CHECK(ranges.first.sym_numel() == 1, prefix, traits.name, ": ", traits.first,
+              " must have one element, got shape ", ranges.first.sym_sizes());
+  TORCH_CHECK(ranges.first.device() == scores.device(), prefix, traits.name, ": ", traits.first,
+              " must be on the scores' device ", scores.device(), ", got ", ranges.first.device());
+  return make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps);
+}
+
+}  // namespace
+
+SoftmaxKinds check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                     const SoftmaxQuantizer& of_scores,
+                                     const SoftmaxQuantizer& of_probabilities) {
+  constexpr const char* op = "quantized_softmax";
+  constexpr const char* prefix = "asymq::quantized_softmax: ";
+  TORCH_CHECK(scores.dim() == 4, prefix,
+              "scores must have 4 dimensions, [batch, heads, queries, keys], got shape ",
+              scores.sym_sizes());
+  TORCH_CHECK(is_compute_dtype(scores.scalar_type()), prefix,
+              "scores must be float32, float64, bfloat16 or float16, got ", scores.scalar_type());
+  TORCH_CHECK(scores.sym_size(3) <= std::numeric_limits<int>::max(), prefix,
+              "scores must have less than 2^31 keys, got ", scores.sym_size(3));
+  if (mask.has_value()) {
+    TORCH_CHECK(mask->scalar_type() == at::kBool || mask->is_floating_point(), prefix,
+                "mask must be bool (true: seen) or floating (added), got ", mask->scalar_type());
+    TORCH_CHECK(mask->device() == scores.device(), prefix, "mask must be on the scores' device ",
+                scores.device(), ", got ", mask->device());
+    const auto sizes = mask->sym_sizes();
+    const auto wanted = scores.sym_sizes();
+    bool fits = sizes.size() <= 4;
+    for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
+      const auto& size = sizes[sizes.size() - 1 - axis];
+      fits = size == 1 || size == wanted[3 - axis];
+    }
+    TORCH_CHECK(fits, prefix, "mask has shape ", sizes,
+                ", which does not broadcast against the scores' shape ", wanted);
+  }
+  ListedRanges scores_ranges(op, traits_of(of_scores.parameterization), of_scores.ranges);
+  ListedRanges probabilities_ranges(op, traits_of(of_probabilities.parameterization),
+                                    of_probabilities.ranges);
+  TORCH_CHECK(probabilities_ranges.first.scalar_type() == scores_ranges.first.scalar_type(), prefix,
+              "the probabilities' range must have the dtype of the scores' ",
+              scores_ranges.first.scalar_type(), ", got ",
+              probabilities_ranges.first.scalar_type());
+  return {check_softmax_quantizer("asymq::quantized_softmax: scores' ", scores,
+                                  scores_ranges.tensors(), of_scores),
+          check_softmax_quantizer("asymq::quantized_softmax: probabilities' ", scores,
+                                  probabilities_ranges.tensors(), of_probabilities),
+          scores_ranges, probabilities_ranges};
+}
+
+MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal)
+    : causal_(causal) {
+  if (!mask.has_value()) return;
+  tensor_ = *mask;
+  if (tensor_.scalar_type() != at::kBool) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, tensor_.scalar_type(), "quantized_softmax",
+        [&] { hides_ = static_cast<double>(std::numeric_limits<scalar_t>::lowest()) / 2; });
+    tensor_ = tensor_.to(compute_dtype(scores.scalar_type()));
+  }
+  tensor_ = tensor_.expand(scores.sizes());
 }
 
 at::ScalarType code_dtype(int64_t bits, bool symmetric) {

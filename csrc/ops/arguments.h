@@ -3,12 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "asymq/detail/layout.h"
+#include "asymq/detail/softmax.h"
 #include "asymq/parameterization.h"
 
 namespace asymq {
@@ -30,6 +32,17 @@ struct RangeTensors {
   const OptionalTensor& max;
 };
 
+/// The range tensors of one quantizer as a list has them: those that the parameterization has.
+struct ListedRanges {
+  at::Tensor first;
+  OptionalTensor second, min, max;
+
+  /// Throws, naming op and parameter, where the list does not have what the traits say.
+  ListedRanges(const char* op, const Traits& traits, at::TensorList list);
+
+  RangeTensors tensors() const { return {first, second, min, max}; }
+};
+
 /// Checks one fake-quantize call and returns its kind. Sizes may be symbolic.
 QuantizerKind check_fake_quantize(const at::Tensor& x, const RangeTensors& ranges,
                                   int64_t parameterization, int64_t bits, double eps);
@@ -47,6 +60,57 @@ void check_grad(const at::Tensor& grad, const at::Tensor& x, int64_t parameteriz
 /// Checks one call of quantize (x floating) or dequantize (x integer codes).
 QuantizerKind check_quantize(const char* op, const at::Tensor& x, const at::Tensor& scale,
                              const OptionalTensor& offset, int64_t bits, double eps);
+
+/// One of the two quantizers of a quantized softmax, by the private operator's arguments.
+struct SoftmaxQuantizer {
+  at::TensorList ranges;
+  int64_t parameterization, bits;
+  double eps;
+};
+
+/// A checked call of quantized_softmax.
+struct SoftmaxKinds {
+  QuantizerKind scores, probabilities;
+  ListedRanges scores_ranges, probabilities_ranges;
+};
+
+/// Checks one call of quantized_softmax. Sizes may be symbolic.
+SoftmaxKinds check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                     const SoftmaxQuantizer& of_scores,
+                                     const SoftmaxQuantizer& of_probabilities);
+
+/// Checks that an upstream gradient fits the probabilities.
+void check_softmax_grad(const at::Tensor& grad, const at::Tensor& scores);
+
+/// The type that elements of this type compute in.
+inline at::ScalarType compute_dtype(at::ScalarType element) {
+  return element == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// A checked mask, laid over the scores and kept alive beside its data pointer.
+class MaskTensor {
+ public:
+  MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal);
+
+  /// T: the compute type of the scores.
+  template <class T>
+  detail::AttentionMask<T> view() const {
+    detail::AttentionMask<T> result{causal_, nullptr, nullptr, static_cast<T>(hides_), {}};
+    if (!tensor_.defined()) return result;
+    std::copy_n(tensor_.strides().begin(), 4, result.strides);
+    if (tensor_.scalar_type() == at::kBool) {
+      result.visible = tensor_.const_data_ptr<bool>();
+    } else {
+      result.added = tensor_.const_data_ptr<T>();
+    }
+    return result;
+  }
+
+ private:
+  at::Tensor tensor_;
+  double hides_ = 0;
+  bool causal_;
+};
 
 /// The dtype of quantize's codes.
 at::ScalarType code_dtype(int64_t bits, bool symmetric);

@@ -119,29 +119,16 @@ std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view p
                                                               at::TensorList parameters,
                                                               int64_t bits, bool symmetric,
                                                               bool sigmoid, double eps) {
-  constexpr const char* prefix = "asymq::effective_scale_offset: ";
   const int64_t id =
       find_parameterization("effective_scale_offset", parameterization, symmetric, sigmoid);
-  const Traits& traits = Parameterizations::traits[id];
-  size_t used = 0;
-  const auto take = [&](const char* name) -> OptionalTensor {
-    if (name[0] == '\0') return std::nullopt;
-    TORCH_CHECK(used < parameters.size(), prefix, traits.name, " needs the parameter ", name,
-                ", got ", parameters.size(), " parameters");
-    return parameters[used++];
-  };
-  const auto first = take(traits.first);
-  const auto second = take(traits.second);
-  const auto min = take(traits.min);
-  const auto max = take(traits.max);
-  TORCH_CHECK(used == parameters.size(), prefix, traits.name, " needs ", used, " parameters, got ",
-              parameters.size());
+  const ListedRanges ranges("effective_scale_offset", traits_of(id), parameters);
 
   using Op = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&,
                                                 const OptionalTensor&, const OptionalTensor&,
                                                 int64_t, int64_t, double);
   static const auto op = find_op<Op>("asymq::_effective_scale_offset");
-  const auto [scale, offset] = op.call(*first, second, min, max, id, bits, eps);
+  const auto [scale, offset] =
+      op.call(ranges.first, ranges.second, ranges.min, ranges.max, id, bits, eps);
   return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};
 }
 

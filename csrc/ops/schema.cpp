@@ -3,7 +3,7 @@
 // The public fake-quantize functions decompose into one private operator, `_fake_quantize`, whose
 // `parameterization` is a position in Parameterizations (parameterization.h) and whose first and
 // second are the learned parameters. Of them, autograd, CPU, CUDA and Meta know only that one and
-// its backward.
+// its backward. The same holds for quantized_softmax and `_quantized_softmax`.
 #include <torch/library.h>
 
 TORCH_LIBRARY(asymq, m) {
@@ -44,6 +44,13 @@ TORCH_LIBRARY(asymq, m) {
       "Tensor");
 
   define(
+      "quantized_softmax(Tensor scores, Tensor? mask, bool causal, str scores_parameterization, "
+      "Tensor[] scores_parameters, int scores_bits, bool scores_symmetric, bool scores_sigmoid, "
+      "float scores_eps, str probabilities_parameterization, Tensor[] probabilities_parameters, "
+      "int probabilities_bits, bool probabilities_symmetric, bool probabilities_sigmoid, "
+      "float probabilities_eps) -> Tensor");
+
+  define(
       "_fake_quantize(Tensor x, Tensor first, Tensor? second, Tensor? min, Tensor? max, "
       "int parameterization, int bits, float eps) -> Tensor");
   // needs: which of dL/dx, dL/dfirst and dL/dsecond to compute; the others come back undefined.
@@ -51,6 +58,21 @@ TORCH_LIBRARY(asymq, m) {
       "_fake_quantize_backward(Tensor grad, Tensor x, Tensor first, Tensor? second, Tensor? min, "
       "Tensor? max, int parameterization, int bits, float eps, bool[3] needs) -> "
       "(Tensor, Tensor, Tensor)");
+  // *_ranges: the range tensors that the parameterization has, in the order first, second, min,
+  // max. statistics: of each row the largest masked score and the sum of exponentials.
+  define(
+      "_quantized_softmax(Tensor scores, Tensor? mask, bool causal, Tensor[] scores_ranges, "
+      "int scores_parameterization, int scores_bits, float scores_eps, "
+      "Tensor[] probabilities_ranges, int probabilities_parameterization, int probabilities_bits, "
+      "float probabilities_eps) -> (Tensor probabilities, Tensor statistics)");
+  // needs: which of dL/dscores and the gradients of the learned parameters (first and second of the
+  // scores' range, then of the probabilities') to compute.
+  define(
+      "_quantized_softmax_backward(Tensor grad, Tensor scores, Tensor statistics, Tensor? mask, "
+      "bool causal, Tensor[] scores_ranges, int scores_parameterization, int scores_bits, "
+      "float scores_eps, Tensor[] probabilities_ranges, int probabilities_parameterization, "
+      "int probabilities_bits, float probabilities_eps, bool[5] needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   define(
       "_effective_scale_offset(Tensor first, Tensor? second, Tensor? min, Tensor? max, "
       "int parameterization, int bits, float eps) -> (Tensor, Tensor)");

@@ -16,6 +16,8 @@ Common to all functions:
 - Arguments that do not fit raise RuntimeError, second derivatives too.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ _symmetric_gamma = _ops.fake_quantize_symmetric_gamma.default
 _quantize = _ops.quantize.default
 _dequantize = _ops.dequantize.default
 _effective_scale_offset = _ops.effective_scale_offset.default
+_quantized_softmax = _ops.quantized_softmax.default
 
 
 def fake_quantize_scale_offset(
@@ -131,3 +134,40 @@ def effective_scale_offset(
     """
     result = _effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps)
     return result[0], (None if symmetric else result[1])
+
+
+class RangeArguments(NamedTuple):
+    """A quantizer with one range: a parameterization, its tensors (constants included, one element
+    each) in the order of the function of that name, and what else effective_scale_offset takes."""
+
+    parameterization: str
+    parameters: tuple[Tensor, ...]
+    bits: int
+    symmetric: bool = False
+    sigmoid: bool = False
+    eps: float = 1e-8
+
+
+def quantized_softmax(
+    scores: Tensor,
+    mask: Tensor | None,
+    scores_range: RangeArguments,
+    probabilities_range: RangeArguments,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Attention's quantized probabilities in one kernel each way: fake-quantizes the scores, masks
+    them, takes the softmax over the keys, fake-quantizes it, and gives hidden keys 0 (a range whose
+    lower end is positive would lift them above it).
+
+    scores: [batch, heads, queries, keys]. All arithmetic is in float32 (float64 for float64
+    scores), rounded to the scores' dtype once, at the end. mask: bool (True: the query sees the
+    key) or floating (added to the quantized scores; half its dtype's lowest value and below hides
+    the key), broadcast against the scores, without gradient. causal: query q sees keys up to
+    q + keys - queries, in addition to the mask. A query that sees no key has the probability 0 for
+    all, and no gradient. Dense in memory, whatever the scores' strides.
+
+    Differentiable with respect to scores and learned parameters, straight-through at both
+    quantizers; saves the scores and two numbers per row.
+    """
+    return _quantized_softmax(scores, mask, causal, *scores_range, *probabilities_range)

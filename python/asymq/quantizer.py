@@ -129,6 +129,19 @@ class Quantizer(nn.Module):
         low, high = (end.reshape(self.range_shape).float() for end in ends)
         return low, high
 
+    def range_arguments(self) -> ops.RangeArguments:
+        """A static range as operators take it. RuntimeError if uncalibrated."""
+        self._need_calibration()
+        spec = self.spec
+        return ops.RangeArguments(
+            spec.parameterization,
+            self.ranges(),
+            spec.bits,
+            spec.symmetric,
+            spec.sigmoid,
+            spec.eps,
+        )
+
     def scale_offset(self) -> tuple[Tensor, Tensor | None]:
         """Effective scale s and offset z (None if symmetric) of a static range, of its shape."""
         return ops.effective_scale_offset(
@@ -212,11 +225,7 @@ class Quantizer(nn.Module):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x on the grid of the present range, whatever the state. RuntimeError if uncalibrated."""
-        if not self.calibrated:
-            raise RuntimeError(
-                f"{self.label}: its range is not set; calibrate the model first "
-                "(asymq.calibrate), or load a calibrated state"
-            )
+        self._need_calibration()
         spec, shape = self.spec, self.shape_on(x)
         ranges = self.ranges(x)
         if shape != self.range_shape:
@@ -224,6 +233,13 @@ class Quantizer(nn.Module):
         options = {"sigmoid": True} if spec.sigmoid else {}
         function = getattr(self.functions, spec.operator)
         return function(x, *ranges, bits=spec.bits, eps=spec.eps, **options)
+
+    def _need_calibration(self) -> None:
+        if not self.calibrated:
+            raise RuntimeError(
+                f"{self.label}: its range is not set; calibrate the model first "
+                "(asymq.calibrate), or load a calibrated state"
+            )
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:

@@ -2,3 +2,4 @@
 #pragma once
 
 #include "asymq/fake_quantize.h"
+#include "asymq/quantized_softmax.h"

@@ -1,0 +1,531 @@
+"""The quantized softmax against the composition of our own operators."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from compare import assert_bit_equal, assert_on_grid
+from samples import PARAMETERIZATIONS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import asymq
+from asymq import attention
+from asymq.ops import RangeArguments, quantized_softmax
+
+BITS = 8
+SCORES = (-6.0, 5.0)
+PROBABILITIES = (0.0, 0.75)  # narrower than what comes out, so that some is clipped
+MASKS = ("none", "causal", "bool", "added", "causal and bool")
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int, int] = (2, 3, 5, 33)
+    dtype: torch.dtype = torch.float32
+    mask: str = "none"
+    scores: str = "min_max"  # rows of samples.PARAMETERIZATIONS
+    probabilities: str = "beta_gamma"
+    layout: str = "dense"
+    range_dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = ["x".join(map(str, self.shape)), dtype, self.mask.replace(" ", "_")]
+        return "-".join([*parts, self.scores, self.probabilities, self.layout])
+
+
+CASES = [
+    *(Case(mask=mask, shape=shape) for mask in MASKS for shape in ((2, 3, 7, 33), (1, 2, 16, 64))),
+    *(Case(shape=(1, 2, 3, keys), mask="causal") for keys in (1, 3, 31, 128, 1000, 1024)),
+    # Longer than what a warp keeps in registers, with and without 16-byte accesses.
+    *(Case(shape=(1, 1, 4, keys), mask=m) for keys in (1028, 1501) for m in ("causal", "bool")),
+    Case(shape=(1, 1, 9, 4), mask="causal"),  # queries that see no key
+    *(
+        Case(dtype=dtype, mask=mask, shape=(2, 2, 9, 40))
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)
+        for mask in ("causal", "added")
+    ),
+    Case(dtype=torch.float64, range_dtype=torch.float64, mask="bool"),
+    *(Case(scores=name, probabilities=name, mask="causal") for name in PARAMETERIZATIONS),
+    Case(layout="transposed", mask="causal"),
+    Case(layout="offset", shape=(1, 2, 3, 16)),
+]
+
+
+def arguments(name: str, low: float, high: float, dtype, device, bits=BITS) -> RangeArguments:
+    """A quantizer whose range is low to high, its learned parameters leaves."""
+    row = PARAMETERIZATIONS[name]
+    symmetric = name.startswith("symmetric")
+    ends = (torch.full((1,), end, dtype=dtype, device=device) for end in (low, high))
+    tensors = [t.clone() for t in row.from_range(*ends, 2**bits - 1)]
+    for tensor in tensors[: len(row.learned)]:
+        tensor.requires_grad_()
+    family = {"scale": "scale_offset", "max": "min_max", "gamma": "beta_gamma"}
+    function = row.function.removeprefix("symmetric_")
+    parameterization = family[function] if symmetric else function
+    return RangeArguments(parameterization, tuple(tensors), bits, symmetric, row.sigmoid)
+
+
+def fake_quantize(x: Tensor, name: str, range_: RangeArguments) -> Tensor:
+    row = PARAMETERIZATIONS[name]
+    options = {"sigmoid": True} if row.sigmoid else {}
+    function = getattr(asymq, f"fake_quantize_{row.function}")
+    return function(x, *range_.parameters, bits=range_.bits, **options)
+
+
+def make_mask(case: Case, device) -> Tensor | None:
+    batch, _, queries, keys = case.shape
+    if case.mask == "added":
+        mask = torch.randn(batch, 1, queries, keys, device=device, dtype=case.dtype)
+        mask.masked_fill_(torch.rand_like(mask) < 0.3, torch.finfo(case.dtype).min)
+        mask[0, :, 0] = torch.finfo(case.dtype).min  # a query without any key
+        return mask
+    if "bool" in case.mask:
+        mask = torch.rand(batch, 1, queries, keys, device=device) < 0.7
+        mask[0, :, -1] = False
+        return mask
+    return None
+
+
+def inputs(case: Case, device):
+    batch, heads, queries, keys = case.shape
+    if case.layout == "transposed":
+        scores = torch.randn(batch, queries, heads, keys, device=device).transpose(1, 2)
+    elif case.layout == "offset":
+        flat = torch.randn(batch * heads * queries * keys + 1, device=device)
+        scores = flat[1:].view(case.shape)
+    else:
+        scores = torch.randn(case.shape, device=device)
+    scores = (3 * scores).to(case.dtype).detach().requires_grad_()
+    ranges = (
+        arguments(case.scores, *SCORES, case.range_dtype, device),
+        arguments(case.probabilities, *PROBABILITIES, case.range_dtype, device),
+    )
+    return scores, make_mask(case, device), ranges, "causal" in case.mask
+
+
+def seen_keys(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    queries, keys = scores.shape[-2:]
+    seen = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    if causal:
+        seen = seen & seen[0, 0].tril(keys - queries)
+    if mask is not None:
+        seen = seen & (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
+    return seen
+
+
+def compose(case: Case, scores: Tensor, mask: Tensor | None, ranges, causal: bool):
+    """Of our own operators, in the scores' dtype: (quantized probabilities, those before, quantized
+    scores)."""
+    seen = seen_keys(scores, mask, causal)
+    quantized = masked = fake_quantize(scores, case.scores, ranges[0])
+    if mask is not None and mask.dtype != torch.bool:
+        masked = masked + mask
+    masked = masked.masked_fill(~seen, -torch.inf)
+    any_seen = seen.any(-1, keepdim=True)
+    raw = torch.softmax(masked.where(any_seen, 0), -1).where(seen, 0)
+    return fake_quantize(raw, case.probabilities, ranges[1]).where(seen, 0), raw, quantized
+
+
+def learned(case: Case, ranges) -> list[Tensor]:
+    names = (case.scores, case.probabilities)
+    return [
+        tensor
+        for name, range_ in zip(names, ranges, strict=True)
+        for tensor in range_.parameters[: len(PARAMETERIZATIONS[name].learned)]
+    ]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_probabilities(case, device):
+    scores, mask, ranges, causal = inputs(case, device)
+    actual = quantized_softmax(scores, mask, *ranges, causal=causal)
+    assert actual.dtype == case.dtype and actual.is_contiguous()
+    wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide(case.dtype))
+    if mask is not None and mask.dtype != torch.bool:
+        hides = mask <= torch.finfo(case.dtype).min / 2
+        wide_mask = wide_mask.masked_fill(hides, torch.finfo(wide_mask.dtype).min)
+    expected, raw, _ = compose(
+        case, scores.detach().to(wide(case.dtype)), wide_mask, ranges, causal
+    )
+    scale, _ = scale_of(ranges[1])
+    if case.dtype in (torch.float32, torch.float64):
+        quotient = raw.double() / scale.double()
+        assert_on_grid(actual.detach(), expected.detach(), quotient, scale, ulps=2)
+    else:
+        # The one rounding to the narrow type at the end; ties may go either way.
+        expected = expected.to(case.dtype)
+        flips = (actual != expected).sum().item()
+        assert flips <= max(1, actual.numel() // 1000)
+        assert (actual.float() - expected.float()).abs().max() <= 1.01 * scale.item()
+    assert (actual[~seen_keys(scores, mask, causal)] == 0).all()
+
+
+def scale_of(range_: RangeArguments):
+    return asymq.effective_scale_offset(
+        range_.parameterization,
+        *range_.parameters,
+        bits=range_.bits,
+        symmetric=range_.symmetric,
+        sigmoid=range_.sigmoid,
+        eps=range_.eps,
+    )
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    actual, expected = actual.double(), expected.double()
+    bound = tolerance * expected.abs().max().clamp_min(1e-30)
+    assert ((actual - expected).abs() <= bound).all(), (actual - expected).abs().max() / bound
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case, device):
+    scores, mask, ranges, causal = inputs(case, device)
+    grad = torch.randn(case.shape, device=device).to(case.dtype)
+    leaves = [scores, *learned(case, ranges)]
+    actual = torch.autograd.grad(
+        quantized_softmax(scores, mask, *ranges, causal=causal), leaves, grad
+    )
+    wide_scores = scores.to(wide(case.dtype))
+    wide_mask = mask
+    if mask is not None and mask.dtype != torch.bool:
+        hides = mask <= torch.finfo(case.dtype).min / 2
+        wide_mask = mask.to(wide(case.dtype)).masked_fill(hides, torch.finfo(wide(case.dtype)).min)
+    probabilities, _, quantized = compose(case, wide_scores, wide_mask, ranges, causal)
+    *expected, upstream = torch.autograd.grad(
+        probabilities, [*leaves, quantized], grad.to(wide(case.dtype))
+    )
+    half = case.dtype in (torch.bfloat16, torch.float16)
+    close(actual[0], expected[0], 1e-2 if half else 1e-5)
+    # Range gradients are sums whose terms cancel: their errors go with the terms.
+    terms = [upstream.abs().sum(), grad.abs()[seen_keys(scores, mask, causal)].float().sum()]
+    lengths = [len(PARAMETERIZATIONS[name].learned) for name in (case.scores, case.probabilities)]
+    of_terms = [term for term, n in zip(terms, lengths, strict=True) for _ in range(n)]
+    for a, e, total in zip(actual[1:], expected[1:], of_terms, strict=True):
+        assert a.dtype == e.dtype
+        assert (a - e).abs() <= 1e-5 * e.abs() + 1e-6 * total
+
+
+def test_statistics(device):
+    """What the backward computes probabilities from, against float64."""
+    case = Case(shape=(2, 2, 30, 300), mask="causal")
+    scores, mask, ranges, causal = inputs(case, device)
+    s, p = ((r.parameters, i, r.bits, r.eps) for r, i in zip(ranges, (1, 2), strict=True))
+    with torch.no_grad():
+        _, statistics = torch.ops.asymq._quantized_softmax(
+            scores, None, True, list(s[0]), s[1], *s[2:], list(p[0]), p[1], *p[2:]
+        )
+        quantized = fake_quantize(scores, case.scores, ranges[0])
+    quantized = quantized.masked_fill(~seen_keys(scores, mask, causal), -torch.inf)
+    largest = quantized.amax(-1)
+    assert_bit_equal(statistics[..., 0], largest)
+    total = (quantized - largest[..., None]).double().exp().sum(-1)
+    assert ((statistics[..., 1].double() - total).abs() <= 2 * 2**-23 * total).all()
+
+
+def test_positive_lower_end_shows_no_future(device):
+    scores = torch.randn(1, 1, 8, 8, device=device)
+    ranges = [
+        arguments("min_max", low, high, torch.float32, device)
+        for low, high in ((-4.0, 4.0), (0.05, 0.9))
+    ]
+    probabilities = quantized_softmax(scores, None, *ranges, causal=True)
+    assert (probabilities.triu(1) == 0).all()
+    assert (probabilities.tril() >= 0.04)[torch.ones(8, 8).tril().bool()[None, None]].all()
+
+
+def test_nan_is_hidden_by_the_mask_alone(device):
+    scores = torch.randn(1, 1, 4, 4, device=device)
+    scores[0, 0, 1, 3] = torch.nan  # in the future
+    scores[0, 0, 2, 1] = torch.nan
+    scores.requires_grad_()
+    ranges = [
+        arguments("min_max", low, high, torch.float32, device)
+        for low, high in ((-4.0, 4.0), (0.0, 1.0))
+    ]
+    probabilities = quantized_softmax(scores, None, *ranges, causal=True)
+    assert probabilities[0, 0, 2, :3].isnan().all() and probabilities[0, 0, 2, 3] == 0
+    others = probabilities[0, 0, [0, 1, 3]]
+    assert others.isfinite().all()
+    clean = scores.detach().clone()
+    clean[0, 0, 1, 3] = clean[0, 0, 2, 1] = 0
+    for x, finite in ((scores, False), (clean.requires_grad_(), True)):
+        out = quantized_softmax(x, None, *ranges, causal=True)
+        gradients = torch.autograd.grad(out.sum(), [x, *ranges[0].parameters])
+        assert gradients[0][0, 0, 1].isfinite().all()
+        assert bool(gradients[1].isfinite().all()) == finite
+
+
+def test_empty(device):
+    for shape in ((0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)):
+        case = Case(shape=shape)
+        scores, mask, ranges, causal = inputs(case, device)
+        out = quantized_softmax(scores, mask, *ranges, causal=causal)
+        assert out.shape == shape
+        leaves = learned(case, ranges)
+        assert all(g == 0 for g in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((True, False), repeat=3)))
+def test_wanted_gradients_alone(wanted, device):
+    """Any of scores, the scores' range and the probabilities' range may be frozen."""
+    case = Case(mask="causal")
+    scores, mask, ranges, causal = inputs(case, device)
+    groups = ([scores], ranges[0].parameters, ranges[1].parameters[:2])
+    everything = [tensor for group in groups for tensor in group]
+    expected = torch.autograd.grad(
+        quantized_softmax(scores, mask, *ranges, causal=causal).square().sum(), everything
+    )
+    for group, wants in zip(groups, wanted, strict=True):
+        for tensor in group:
+            tensor.requires_grad_(wants)
+    out = quantized_softmax(scores, mask, *ranges, causal=causal)
+    assert out.requires_grad == any(wanted)
+    if any(wanted):
+        out.square().sum().backward()
+    for tensor, gradient in zip(everything, expected, strict=True):
+        assert (tensor.grad is None) != tensor.requires_grad
+        if tensor.requires_grad:
+            assert_bit_equal(tensor.grad, gradient)
+
+
+def test_repeatable(device):
+    case = Case(shape=(2, 4, 64, 96), mask="causal")
+    scores, mask, ranges, causal = inputs(case, device)
+    leaves = [scores, *learned(case, ranges)]
+
+    def step():
+        out = quantized_softmax(scores, mask, *ranges, causal=causal)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    first = step()
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        for a, e in zip(step(), first, strict=True):
+            assert_bit_equal(a, e)
+    torch.set_num_threads(threads)
+
+
+def test_expanded_gradient(device):
+    """sum() delivers one number for all elements."""
+    scores, mask, ranges, causal = inputs(Case(mask="causal"), device)
+    (actual,) = torch.autograd.grad(
+        quantized_softmax(scores, mask, *ranges, causal=causal).sum(), scores
+    )
+    (expected,) = torch.autograd.grad(
+        quantized_softmax(scores, mask, *ranges, causal=causal), scores, torch.ones_like(scores)
+    )
+    assert_bit_equal(actual, expected)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "asymq":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(mask, dtype, device):
+    scores, mask, ranges, causal = inputs(Case(mask=mask, dtype=dtype), device)
+    public = (scores, mask, causal, *_flat(ranges[0]), *_flat(ranges[1]))
+    torch.library.opcheck(torch.ops.asymq.quantized_softmax.default, public)
+    with Recorder() as recorder:
+        quantized_softmax(scores, mask, *ranges, causal=causal).sum().backward()
+    assert [f.__name__ for f, _ in recorder.calls] == [
+        "_quantized_softmax.default",
+        "_quantized_softmax_backward.default",
+    ]
+    for function, arguments_ in recorder.calls:
+        detached = [
+            a.detach()
+            if torch.is_tensor(a)
+            else [t.detach() for t in a]
+            if isinstance(a, (list, tuple)) and a and torch.is_tensor(a[0])
+            else a
+            for a in arguments_
+        ]
+        torch.library.opcheck(function, tuple(detached))
+
+
+def _flat(range_: RangeArguments) -> tuple:
+    return (range_.parameterization, list(range_.parameters), *range_[2:])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend, dynamic, device):
+    torch.compiler.reset()
+    case = Case(mask="causal")
+    scores, mask, ranges, causal = inputs(case, device)
+    leaves = [scores, *learned(case, ranges)]
+
+    def call(scores):
+        return quantized_softmax(scores, mask, *ranges, causal=causal).clone()
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    outs = [function(scores) for function in (compiled, call)]
+    assert_bit_equal(*outs)
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
+    for a, e in zip(*grads, strict=True):
+        assert_bit_equal(a, e)
+
+
+def test_second_derivative_raises(device):
+    scores, mask, ranges, causal = inputs(Case(), device)
+    out = quantized_softmax(scores, mask, *ranges, causal=causal)
+    (first,) = torch.autograd.grad(out.square().sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="_quantized_softmax_backward"):
+        first.sum().backward()
+
+
+def bad_calls(device):
+    scores, _, (s, p), _ = inputs(Case(shape=(2, 3, 5, 8)), device)
+    one = torch.ones(1, device=device)
+    yield "scores must have 4 dimensions", (scores[0], None, s, p)
+    yield "scores must be float32", (scores.long(), None, s, p)
+    yield "mask must be bool", (scores, torch.ones(5, 8, dtype=torch.long, device=device), s, p)
+    yield r"mask has shape \[4, 8\]", (scores, torch.ones(4, 8, device=device), s, p)
+    yield (
+        "mask must not require grad",
+        (
+            scores,
+            torch.ones(5, 8, device=device, requires_grad=True),
+            s,
+            p,
+        ),
+    )
+    two = s._replace(parameters=tuple(t.detach().expand(2) for t in s.parameters))
+    yield r"scores' min_max: min must have one element, got shape \[2\]", (scores, None, two, p)
+    yield (
+        "min_max needs the parameter max",
+        (
+            scores,
+            None,
+            s._replace(parameters=s.parameters[:1]),
+            p,
+        ),
+    )
+    yield (
+        "min_max needs 2 parameters, got 3",
+        (
+            scores,
+            None,
+            s._replace(parameters=(*s.parameters, one)),
+            p,
+        ),
+    )
+    yield (
+        "probabilities' beta_gamma: bits must be between 2 and 16, got 17",
+        (
+            scores,
+            None,
+            s,
+            p._replace(bits=17),
+        ),
+    )
+    yield (
+        "parameterization must be scale_offset",
+        (
+            scores,
+            None,
+            s._replace(parameterization="range"),
+            p,
+        ),
+    )
+    wide_ranges = [
+        r._replace(parameters=tuple(t.detach().double() for t in r.parameters)) for r in (s, p)
+    ]
+    yield "scores' min_max: min must be float32, got Double", (scores, None, *wide_ranges)
+    yield "must have the dtype of the scores' Double, got Float", (scores, None, wide_ranges[0], p)
+    constant = (*p.parameters[:3], one.clone().requires_grad_())
+    yield (
+        "beta_gamma: max must not require grad",
+        (
+            scores,
+            None,
+            s,
+            p._replace(parameters=constant),
+        ),
+    )
+
+
+def test_errors(device):
+    for message, call in bad_calls(device):
+        with pytest.raises(RuntimeError, match=message):
+            quantized_softmax(*call)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("mask", MASKS)
+def test_cuda_agrees_with_cpu(mask):
+    case = Case(shape=(2, 3, 40, 1100), mask=mask)
+    scores, mask, ranges, causal = inputs(case, torch.device("cpu"))
+
+    def step(scores, mask, ranges):
+        out = quantized_softmax(scores, mask, *ranges, causal=causal)
+        return out, *torch.autograd.grad(out.square().sum(), [scores, *learned(case, ranges)])
+
+    on_gpu = [
+        r._replace(
+            parameters=tuple(
+                t.detach().cuda().requires_grad_(t.requires_grad) for t in r.parameters
+            )
+        )
+        for r in ranges
+    ]
+    gpu = step(
+        scores.detach().cuda().requires_grad_(), None if mask is None else mask.cuda(), on_gpu
+    )
+    cpu = step(scores, mask, ranges)
+    flips = (gpu[0].cpu() != cpu[0]).sum().item()
+    assert flips <= cpu[0].numel() // 1000
+    for a, e in zip(gpu[1:], cpu[1:], strict=True):
+        close(a.cpu(), e, 1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_with_and_without_fusion(padded, device, monkeypatch):
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=32)
+    model = GPT2LMHeadModel(config).eval().to(device)
+    ids = torch.randint(64, (3, 24), device=device)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = 0
+    asymq.prepare(model, asymq.QuantConfig.table2("min_max"))
+    asymq.calibrate(model, [ids])
+
+    def step(model):
+        loss = model(input_ids=ids, attention_mask=mask if padded else None, labels=ids).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+    used = []
+    kernel = attention._fused_softmax
+    monkeypatch.setattr(attention, "_fused_softmax", lambda *a: used.append(1) or kernel(*a))
+    fused = step(copy.deepcopy(model))
+    assert len(used) == 4  # forward and backward of both layers
+    monkeypatch.setattr(attention, "_is_fused", lambda quantizer: False)
+    composed = step(copy.deepcopy(model))
+    assert torch.allclose(fused[0], composed[0], rtol=1e-5)
+    for name, gradient in composed[1].items():
+        scale = gradient.abs().max().clamp_min(1e-6)
+        assert ((fused[1][name] - gradient).abs() <= 1e-2 * scale).all(), name
