@@ -279,9 +279,7 @@ _GRID, _ROUNDS, _ZOOM, _AT_ONCE = 25, 6, 4, 125
 def best_ranges(target: Target, seeds: int) -> Best:
     """Searches θmin and θmax (symmetric: θmax) on a grid over everything from 0 to 1.2 times the
     extrema of each seed's samples, then on ever finer grids around the best one."""
-    found = [
-        _best_range(x, target) for x in Data(std=target.std, relu=target.relu).samples(seeds)
-    ]
+    found = [_best_range(x, target) for x in Data(std=target.std, relu=target.relu).samples(seeds)]
     return Best(*(torch.stack(values) for values in zip(*found, strict=True)))
 
 
