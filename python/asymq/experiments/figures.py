@@ -13,7 +13,6 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The exact gradients of the operators: plots over x, and the paper's Tables 1 and 3 beside them."""
+"""The exact gradients of the operators: over x, and beside the paper's Tables 1 and 3."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def _terms(title: str) -> SimpleNamespace:
 _THETA_MIN_BELOW = "-n/k + ζ/k + 1"
 _THETA_MAX_BELOW = "n/k - ζ/k"
 _MIN_BELOW = (
-    "the derivative of s·rint(z) is -n/k + z/k + 1 = 1 - ζ/k; printed is ζ/k for z/k, which is right "
-    "only with n = 0 and z of the other sign"
+    "the derivative of s·rint(z) is -n/k + z/k + 1 = 1 - ζ/k; printed is ζ/k for z/k, which is "
+    "right only with n = 0 and z of the other sign"
 )
 _MAX_BELOW = (
     "the derivative of s·rint(z) is n/k - z/k = ζ/k; printed is ζ/k for z/k, which is right only "
@@ -335,7 +335,8 @@ def judge(name: str) -> list[Verdict]:
     measured = f"{len(wrong)} of {len(printed)} cells differ"
     verdicts = [
         Verdict(
-            f"Table {name[-1]} gives the gradients of eq. 1 (eq. 10 with k for b; without sigmoid).",
+            f"Table {name[-1]} gives the gradients of "
+            + ("eq. 1, without sigmoid." if name == "table1" else "eq. 10 with k for b."),
             measured + (f": {'; '.join(wrong)}" if wrong else ""),
             not wrong,
         )
