@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 import asymq
 from asymq.experiments import claims, figures, gradients, toy_problem
 from asymq.experiments.claims import Runs
-from asymq.experiments.toy_problem import Best, Curve, Data, Run, Target, best_ranges, run_all
+from asymq.experiments.toy_problem import Curve, Data, Run, Target, best_ranges, run_all
 
 ROOT = Path(__file__).parents[2]
 main = runpy.run_path(str(ROOT / "scripts" / "figures.py"))["main"]
@@ -367,10 +367,8 @@ def test_everything_is_written(tmp_path, quick, capsys):
 def test_settings_change_a_figure(tmp_path, quick):
     short = ["--out", str(tmp_path), "--seeds", "2", "--steps", "2"]
     main(["figure3", "figure9", *short])
-    main(
-        ["figure9", *short, "--bits", "5", "--lr", "2e-3", "1e-4", "--std", "2"]
-        + ["--params", "naive", "min_max"]
-    )
+    changed = "--bits 5 --lr 2e-3 1e-4 --std 2 --params naive min_max".split()
+    main(["figure9", *short, *changed])
     found = rows(tmp_path / "figure9.csv")
     assert {(row["parameterization"], row["bits"], row["lr"]) for row in found} == {
         (name, "5", lr) for name in ("naive", "min_max") for lr in ("2e-3", "1e-4")

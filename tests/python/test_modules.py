@@ -327,7 +327,7 @@ def test_float64_ranges(spec, device):
     quantizer = QuantAct(spec, dtype=torch.float64, device=device)
     x = torch.randn(40, dtype=torch.float64, device=device)
     # No extremum is a float32.
-    x[:2] = torch.tensor([-4 - 1e-12, 3 + 1e-12])
+    x[:2] = torch.tensor([-4 - 1e-12, 3 + 1e-12], dtype=torch.float64)
     asymq.calibrate(quantizer, [x])
     for name, tensor in quantizer.range_tensors().items():
         assert tensor.dtype == torch.float64, name

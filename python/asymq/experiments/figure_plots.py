@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from asymq.experiments import gradients
@@ -26,8 +27,10 @@ from asymq.experiments.toy_problem import PARAMETERIZATIONS, Run
 
 RANGE = "range ends θmin and θmax (unit of x)"
 STEP = "training step"
-MARKS = 7  # a line
-POINTS = 500  # of a line
+MARKS = 9  # a line
+POINTS = 700  # of a line
+BAND = 0.13  # opacity
+BEST = {"color": "0.25", "linewidth": 0.9, "linestyle": (0, (1, 3))}
 
 
 @dataclass(frozen=True)
@@ -88,28 +91,22 @@ def _line(axes: Axes, runs: Runs, run: Run, place: float, across, upwards, **opt
     return line
 
 
-def _every(run: Run) -> int:
-    return max(1, run.steps // POINTS)
-
-
 def _ends(axes: Axes, runs: Runs, shown: list[Run]) -> None:
     """Both ends of every run: the first seed as a line, all seeds as a band; and the best range."""
     for i, run in enumerate(shown):
-        every = _every(run)
-        steps = range(0, run.steps + 1, every)
-        for end, place in ((run.low, i / len(shown)), (run.high, i / len(shown))):
-            end = end[::every]
-            color = _shade(runs, run)
+        steps = run.some_steps(POINTS)
+        for end in (run.low[steps], run.high[steps]):
             if end.shape[1] > 1:
+                color = _shade(runs, run)
                 axes.fill_betweenx(
-                    steps, end.amin(1), end.amax(1), color=color, alpha=0.13, linewidth=0
+                    steps, end.amin(1), end.amax(1), color=color, alpha=BAND, linewidth=0
                 )
-            _line(axes, runs, run, place, end[:, 0], steps)
+            _line(axes, runs, run, i / len(shown), end[:, 0], steps)
     first = shown[0]
     widths = first.curve.data.widths(first.steps)
     best = runs.best[first.curve.target]
     for end in (best.low, best.high):
-        axes.plot(end.mean() * widths, range(first.steps + 1), color="0.25", lw=0.9, ls=(0, (1, 3)))
+        axes.plot(end.mean() * widths, range(first.steps + 1), **BEST)
     # Ends that run away leave the picture, in which the others would be one line.
     left = min(run.low[0].min().item() for run in shown)
     right = max(run.high[0].max().item() for run in shown)
@@ -121,8 +118,8 @@ def _ends(axes: Axes, runs: Runs, shown: list[Run]) -> None:
     axes.set(xlabel=RANGE, ylabel=STEP, ylim=(0, first.steps))
 
 
-def _legend(figure: Figure, runs: Runs, best: bool = True) -> None:
-    """One entry per parameterization and learning rate."""
+def _legend(figure: Figure, runs: Runs, ranges: bool = True) -> None:
+    """One entry per parameterization and learning rate; ranges: and what _ends draws besides."""
     shown = {(run.curve.name, run.curve.lr): run for run in runs.runs.values()}
     axes = figure.axes[0]
     lines = []
@@ -131,8 +128,9 @@ def _legend(figure: Figure, runs: Runs, best: bool = True) -> None:
             line = _line(axes, runs, shown[name, lr], 0, [], [], markevery=None)
             line.set_label(f"{PARAMETERIZATIONS[name].label}, lr {lr}")
             lines.append(line)
-    if best:
-        lines.append(Line2D([], [], color="0.25", lw=0.9, ls=(0, (1, 3)), label="best range"))
+    if ranges:
+        lines.append(Patch(color="black", alpha=BAND, linewidth=0, label="all seeds"))
+        lines.append(Line2D([], [], **BEST, label="best range (mean)"))
     figure.legend(
         handles=lines,
         loc="outside lower center",
@@ -169,15 +167,14 @@ def draw_ranges(title: str, runs: Runs) -> Figure:
 
 
 def draw_drift(title: str, runs: Runs) -> Figure:
-    """Ranges and errors while the samples widen, two panels per bit width."""
+    """Ranges, and errors of the first seed, while samples widen; two panels per bit width."""
     figure, axes = _panels(2 * len(runs.bits), _height(runs))
     for bits, left, right in zip(runs.bits, axes[::2], axes[1::2], strict=True):
         shown = [runs.get(name, bits, lr) for name in runs.names for lr in runs.lrs]
         _ends(left, runs, shown)
         for i, run in enumerate(shown):
-            every = _every(run)
-            steps = range(0, run.steps + 1, every)
-            _line(right, runs, run, i / len(shown), run.ratio[::every, 0], steps)
+            steps = run.some_steps(POINTS)
+            _line(right, runs, run, i / len(shown), run.ratio[steps, 0], steps)
         right.set(
             xlabel="error over that of the best range", ylabel=STEP, xscale="log", xlim=(0.9, 300)
         )
@@ -190,31 +187,21 @@ def draw_drift(title: str, runs: Runs) -> Figure:
 
 
 def draw_scale_offset(title: str, runs: Runs) -> Figure:
-    """Scale and offset against each other's steps, two panels per bit width."""
+    """Scale and offset of the first seed, two panels per bit width."""
     figure, axes = _panels(2 * len(runs.bits), _height(runs))
     for bits, left, right in zip(runs.bits, axes[::2], axes[1::2], strict=True):
         shown = [runs.get(name, bits, lr) for name in runs.names for lr in runs.lrs]
-        for axis, what, label in (
-            (left, _scale, "scale s (unit of x)"),
-            (right, _offset, "offset z (grid steps)"),
-        ):
-            for i, run in enumerate(shown):
-                every = _every(run)
-                steps = range(0, run.steps + 1, every)
-                _line(axis, runs, run, i / len(shown), steps, what(run)[::every, 0])
-            axis.set(xlabel=STEP, ylabel=label)
+        for i, run in enumerate(shown):
+            steps = run.some_steps(POINTS)
+            for axis, values in ((left, run.scale), (right, run.offset)):
+                _line(axis, runs, run, i / len(shown), steps, values[steps, 0])
+        left.set(xlabel=STEP, ylabel="scale s (unit of x)")
+        right.set(xlabel=STEP, ylabel="offset z (steps of the grid)")
+        for axis in (left, right):
             axis.set_title(f"{bits} bit", fontsize=10.5)
-    _legend(figure, runs, best=False)
+    _legend(figure, runs, ranges=False)
     figure.suptitle(title)
     return figure
-
-
-def _scale(run: Run) -> Tensor:
-    return run.scale
-
-
-def _offset(run: Run) -> Tensor:
-    return run.offset
 
 
 DRAW: dict[str, Callable[[str, Runs], Figure]] = {

@@ -31,7 +31,7 @@ from asymq.experiments.toy_problem import (
     run_all,
 )
 
-CSV_POINTS = 200  # of a curve
+CSV_POINTS = 150  # of a curve
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _processors() -> int:
 
 
 def as_csv(runs: list[Run]) -> str:
-    """The plotted data at some 200 steps of every run: the first seed, and the least and largest of
+    """The plotted data at some steps of every run: the first seed, and the least and largest of
     all seeds; the error as a multiple of the best range's, mean of all seeds."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -283,7 +283,7 @@ def as_csv(runs: list[Run]) -> str:
     writer.writerow(("parameterization", "bits", "lr", "scaled_rates", "step", *ends, "error"))
     for run in runs:
         curve = run.curve
-        for step in range(0, run.steps + 1, max(1, run.steps // CSV_POINTS)):
+        for step in run.some_steps(CSV_POINTS):
             values = []
             for end in (run.low[step], run.high[step]):
                 values += [end[0], end.min(), end.max()]
@@ -291,7 +291,7 @@ def as_csv(runs: list[Run]) -> str:
             writer.writerow(
                 (
                     *(curve.name, curve.bits, curve.lr, int(curve.chain_rule), step),
-                    *(f"{value.item():.5g}" for value in values),
+                    *(f"{value.item():.4g}" for value in values),
                 )
             )
     return file.getvalue()

@@ -159,6 +159,12 @@ class Run:
     def steps(self) -> int:
         return len(self.low) - 1
 
+    def some_steps(self, count: int) -> list[int]:
+        """At most `count` + 1 steps, first and last among them, closer to each other in the
+        beginning, where ranges move most."""
+        chosen = (round(self.steps * (i / count) ** 2) for i in range(count + 1))
+        return list(dict.fromkeys(chosen))
+
     @property
     def span(self) -> Tensor:
         return self.high[-1] - self.low[-1]
