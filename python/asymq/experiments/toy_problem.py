@@ -9,6 +9,7 @@ gradient of its own problem, and Adam works element by element.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -337,15 +338,19 @@ def run_all(
     return runs, best
 
 
+def _start_worker() -> None:
+    """An interrupt is for the parent, which lets the calls under way end and makes no others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 class _Pool:
     """Processes that work through calls of a function; one alone needs no process."""
 
     def __init__(self, workers: int, calls: int):
         self._executor = None
         if workers > 1:
-            self._executor = ProcessPoolExecutor(
-                workers, get_context("spawn"), torch.set_num_threads, (1,)
-            )
+            self._executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
         self._bar = tqdm(total=calls, desc="training", unit="curve", smoothing=0.1)
 
     def __enter__(self) -> _Pool:
