@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -81,7 +82,7 @@ FIGURES = {
         ),
     ),
     "figure5": Experiment(
-        "Figure 5: min/max and beta/gamma on wide data (standard deviation 50)",
+        "Figure 5: min/max and beta/gamma on wide data",
         ("min_max", "min_max_plus", "beta_gamma", "beta_gamma_sigmoid"),
         (3, 10),
         ("5e-3", "1e-3"),
@@ -192,7 +193,7 @@ class Settings:
         changed = {"lrs": self.lrs, "bits": self.bits, "names": self.names}
         changed = {key: value for key, value in changed.items() if value is not None}
         if changed:
-            # What the drawn curves no longer are beside tells nothing.
+            # Curves for claims alone go with the figure's own ones.
             changed["unseen"] = ()
         if self.std is not None:
             changed["data"] = replace(figure.data, std=self.std)
@@ -253,7 +254,8 @@ def train(experiments: dict[str, Experiment], out: Path, settings: Settings) -> 
     for name, figure in experiments.items():
         own = {curve: runs[curve] for curve in figure.curves()}
         of_figure = Runs(figure.names, figure.bits, figure.lrs, own, best)
-        drawn = figure_plots.DRAW[figure.draw](figure.title, of_figure)
+        title = figure.title + f" (standard deviation of the samples: {figure.data.std:g})"
+        drawn = figure_plots.DRAW[figure.draw](title, of_figure)
         write_figure(drawn, out / f"{name}.png")
         write(out / f"{name}.csv", as_csv(own.values()))
         lines = [
@@ -274,7 +276,7 @@ def _processors() -> int:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def as_csv(runs: list[Run]) -> str:
+def as_csv(runs: Iterable[Run]) -> str:
     """The plotted data at some steps of every run: the first seed, and the least and largest of
     all seeds; the error as a multiple of the best range's, mean of all seeds."""
     file = io.StringIO()
@@ -328,7 +330,7 @@ def write_claims(
     sections[name] = "\n".join(body)
     text = [f"## {TITLES[key]}\n\n{sections[key]}\n" for key in TITLES if key in sections]
     write(path, "\n".join([_INTRODUCTION, *text]))
-    print(f"{TITLES[name]}")
+    print(TITLES[name])
     for verdict in verdicts:
         print(f"  {verdict.word}: {verdict.sentence}")
 

@@ -339,8 +339,8 @@ def run_all(
 
 
 def _start_worker() -> None:
-    """An interrupt is for the parent, which lets the calls under way end and makes no others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """An interrupt ends the process without a message: its parent has one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
