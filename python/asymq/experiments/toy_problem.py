@@ -195,19 +195,12 @@ class Run:
         return (self.final_ratio < NEAR) & (self.drift < STILL)
 
     @property
-    def low_oscillation(self) -> Tensor:
-        """Peak to peak of the lower end over the last 500 steps (at most a tenth of all), as a
-        fraction of the final span."""
-        return self._oscillation(self.low)
-
-    @property
     def oscillation(self) -> Tensor:
-        """The larger one of both ends."""
-        return torch.maximum(self._oscillation(self.low), self._oscillation(self.high))
-
-    def _oscillation(self, end: Tensor) -> Tensor:
-        last = end[-1 - min(OSCILLATION_STEPS, self.steps // 10) :]
-        return (last.amax(0) - last.amin(0)) / self.span
+        """Peak to peak over the last 500 steps (at most a tenth of all), as a fraction of the
+        final span: the larger of both ends."""
+        steps = slice(-1 - min(OSCILLATION_STEPS, self.steps // 10), None)
+        wide = [end[steps].amax(0) - end[steps].amin(0) for end in (self.low, self.high)]
+        return torch.maximum(*wide) / self.span
 
     def arrival(self, near: float = 1.05) -> Tensor:
         """The first step whose error is at most `near` times the best; infinite if none is."""
