@@ -45,9 +45,19 @@ class Quantizer(nn.Module):
     # Where the functions come from: asymq.ops, or asymq.reference to compare with.
     functions = ops
 
-    def __init__(self, spec: QuantSpec, shape: tuple[int, ...], name: str = "", device=None):
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, ...],
+        name: str = "",
+        device=None,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.name = name
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{self.label}: ranges must be float32 or float64, got {dtype}")
+        self.range_dtype = dtype
         self.state = QUANTIZING
         self._observed: tuple[Tensor, Tensor] | None = None
         self._create_ranges(spec, shape, device)
@@ -60,7 +70,7 @@ class Quantizer(nn.Module):
         self.calibrated = False
 
         def empty():
-            return torch.full(shape, math.nan, dtype=torch.float32, device=device)
+            return torch.full(shape, math.nan, dtype=self.range_dtype, device=device)
 
         for name in self.learned:
             self.register_parameter(name, nn.Parameter(empty()))
@@ -69,7 +79,7 @@ class Quantizer(nn.Module):
             self.register_buffer(name, empty())
         if spec.dynamic:
             # The range comes from the tensor: only its factors are known, and known at once.
-            one = torch.ones(shape, device=device)
+            one = torch.ones(shape, dtype=self.range_dtype, device=device)
             self.set_range(-one, one)
 
     @property
@@ -126,7 +136,7 @@ class Quantizer(nn.Module):
             x = x.reshape([part for n, ranges in sizes for part in (ranges, n // ranges)])
             within = tuple(range(1, x.dim(), 2))
             ends = x.amin(within), x.amax(within)
-        low, high = (end.reshape(self.range_shape).float() for end in ends)
+        low, high = (end.reshape(self.range_shape).to(self.range_dtype) for end in ends)
         return low, high
 
     def range_arguments(self) -> ops.RangeArguments:
@@ -328,13 +338,20 @@ class QuantAct(Quantizer):
     """Quantizes an activation, of any shape.
 
     spec: what it is. channels: size of the axis that a per-channel or per-group granularity names
-    (needed there; the last axis by default). Ranges have shape [1], [channels] or [groups].
+    (needed there; the last axis by default). Ranges have shape [1], [channels] or [groups] and are
+    float32, or with dtype float64, for float64 activations alone.
     """
 
     kind = "activation"
 
     def __init__(
-        self, spec: QuantSpec, channels: int | None = None, *, name: str = "", device=None
+        self,
+        spec: QuantSpec,
+        channels: int | None = None,
+        *,
+        name: str = "",
+        device=None,
+        dtype: torch.dtype = torch.float32,
     ):
         granularity = spec.granularity
         if isinstance(granularity, PerTensor):
@@ -347,7 +364,7 @@ class QuantAct(Quantizer):
             ranges = _groups(name or "QuantAct", channels, granularity.size)
         else:
             ranges = channels
-        super().__init__(spec, (ranges,), name, device)
+        super().__init__(spec, (ranges,), name, device, dtype)
         self.channels = channels
 
     @classmethod

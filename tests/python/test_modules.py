@@ -20,6 +20,7 @@ from asymq import (
     QuantLayerNorm,
     QuantLinear,
     QuantSpec,
+    reference,
 )
 from asymq.specs import PARAMETERIZATIONS
 
@@ -318,6 +319,38 @@ def test_ranges_keep_their_dtype(name, cast, dtype, device):
         assert parameter.dtype == parameter.grad.dtype == torch.float32
     if name != "act":
         assert grads["weight"].dtype == module.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_float64_ranges(spec, device):
+    """Nothing on the way rounds them to float32."""
+    quantizer = QuantAct(spec, dtype=torch.float64, device=device)
+    x = torch.randn(40, dtype=torch.float64, device=device)
+    # No extremum is a float32.
+    x[:2] = torch.tensor([-4 - 1e-12, 3 + 1e-12], dtype=torch.float64)
+    asymq.calibrate(quantizer, [x])
+    for name, tensor in quantizer.range_tensors().items():
+        assert tensor.dtype == torch.float64, name
+    low, high = quantizer.extrema(x)
+    assert (low.item(), high.item()) == (-4 - 1e-12, 3 + 1e-12)
+    quantized = quantizer(x)
+    expected = getattr(reference, spec.operator)(
+        x,
+        *(tensor.detach() for tensor in quantizer.ranges(x)),
+        bits=spec.bits,
+        **({"sigmoid": True} if spec.sigmoid else {}),
+    )
+    torch.testing.assert_close(quantized, expected, rtol=1e-12, atol=1e-12)
+    quantized.square().sum().backward()
+    assert all(p.grad.dtype == torch.float64 for p in quantizer.parameters())
+    if not spec.dynamic and not spec.fix_min:
+        quantizer.convert("scale_offset")
+        assert all(tensor.dtype == torch.float64 for tensor in quantizer.range_tensors().values())
+
+
+def test_ranges_are_float32_or_float64():
+    with pytest.raises(ValueError, match=r"h\.0: ranges must be float32 or float64, got .*16"):
+        QuantAct(QuantSpec(), name="h.0", dtype=torch.bfloat16)
 
 
 def test_ranges_move_with_the_module():

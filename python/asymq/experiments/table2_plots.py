@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -34,15 +35,16 @@ def plot(found: list[dict], out: Path) -> None:
     """Writes the plots of every model of the results `found` into the folder `out`."""
     for model in dict.fromkeys(result["model"] for result in found):
         own = sorted((result for result in found if result["model"] == model), key=order)
-        _write(_perplexity(model, own), out / f"{model}__perplexity.png")
-        _write(_loss(model, own), out / f"{model}__loss.png")
+        write_figure(_perplexity(model, own), out / f"{model}__perplexity.png")
+        write_figure(_loss(model, own), out / f"{model}__loss.png")
         for lr in _rates(own):
             cells = [result for result in own if result["lr"] == lr]
             rate = cells[0]["cell"].lr
-            _write(_ranges(model, rate, cells), out / f"{model}__ranges__{rate}.png")
+            write_figure(_ranges(model, rate, cells), out / f"{model}__ranges__{rate}.png")
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all, and closes the figure."""
     write(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
     plt.close(figure)
 
@@ -93,20 +95,32 @@ def _perplexity(model: str, own: list[dict]) -> Figure:
 
 def _loss(model: str, own: list[dict]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    window = max(1, own[0]["settings"]["steps"] // 20)
-    for axes, names in zip(panels, PANELS, strict=True):
-        shown = [result for result in own if result["parameterization"] in names]
-        for result in shown:
-            means = _means(result["loss"], window)
-            _line(axes, range(window, window + len(means)), means, result, shown)
-        axes.set(xlabel="training step", ylabel="cross-entropy loss (nats per token)")
-        if shown:
-            axes.legend(**LEGEND)
+    window = draw_losses(panels, own)
     figure.suptitle(f"{model}, mean of the last {window} training batches")
     return figure
 
 
-def _means(losses: list[float | None], window: int) -> list[float]:
+def draw_losses(panels: Iterable[Axes], own: list[dict]) -> int:
+    """Draws the losses of a model's results as PANELS has them, each point the mean of some last
+    training batches; returns how many."""
+    window = loss_window(own)
+    for axes, names in zip(panels, PANELS, strict=True):
+        shown = [result for result in own if result["parameterization"] in names]
+        for result in shown:
+            means = loss_means(result["loss"], window)
+            _line(axes, range(window, window + len(means)), means, result, shown)
+        axes.set(xlabel="training step", ylabel="cross-entropy loss (nats per token)")
+        if shown:
+            axes.legend(**LEGEND)
+    return window
+
+
+def loss_window(own: list[dict]) -> int:
+    """How many losses a mean is taken of: a twentieth of the steps."""
+    return max(1, own[0]["settings"]["steps"] // 20)
+
+
+def loss_means(losses: list[float | None], window: int) -> list[float]:
     """Means of `window` losses each, up to where a loss is not finite."""
     values = losses[: losses.index(None)] if None in losses else losses
     return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
