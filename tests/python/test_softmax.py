@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 from compare import assert_bit_equal, assert_on_grid
 from samples import PARAMETERIZATIONS
+from tiny_models import FAMILIES, prepared, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import asymq
 from asymq import attention
@@ -502,30 +501,32 @@ def test_cuda_agrees_with_cpu(mask):
         close(a.cpu(), e, 1e-4)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_model_with_and_without_fusion(padded, device, monkeypatch):
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=32)
-    model = GPT2LMHeadModel(config).eval().to(device)
-    ids = torch.randint(64, (3, 24), device=device)
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_and_without_fusion(family, padding, device, monkeypatch):
+    model = prepared(FAMILIES[family]().to(device), "min_max")
+    ids = tokens().to(device)
     mask = torch.ones_like(ids)
-    if padded:
-        mask[0, :5] = 0
-    asymq.prepare(model, asymq.QuantConfig.table2("min_max"))
-    asymq.calibrate(model, [ids])
+    mask[0, :3] = 0
 
-    def step(model):
-        loss = model(input_ids=ids, attention_mask=mask if padded else None, labels=ids).loss
-        loss.backward()
-        return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+    def step():
+        model.zero_grad()
+        out = model(input_ids=ids, attention_mask=mask if padding else None, labels=ids)
+        out.loss.backward()
+        return out.logits.detach(), {n: p.grad for n, p in model.named_parameters()}
 
     used = []
     kernel = attention._fused_softmax
     monkeypatch.setattr(attention, "_fused_softmax", lambda *a: used.append(1) or kernel(*a))
-    fused = step(copy.deepcopy(model))
+    logits, gradients = step()
     assert len(used) == 4  # forward and backward of both layers
     monkeypatch.setattr(attention, "_is_fused", lambda quantizer: False)
-    composed = step(copy.deepcopy(model))
-    assert torch.allclose(fused[0], composed[0], rtol=1e-5)
-    for name, gradient in composed[1].items():
-        scale = gradient.abs().max().clamp_min(1e-6)
-        assert ((fused[1][name] - gradient).abs() <= 1e-2 * scale).all(), name
+    expected_logits, expected = step()
+    seen = mask.bool() if padding else slice(None)
+    close(logits[seen], expected_logits[seen], 1e-4)
+    # Some gradients are zero but for rounding, such as the keys' bias: softmax ignores it.
+    noise = 1e-6 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        bound = 1e-3 * gradient.abs().max() + noise
+        assert ((gradients[name] - gradient).abs() <= bound).all(), name
+    assert len(used) == 4
