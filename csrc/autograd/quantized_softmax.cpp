@@ -18,6 +18,20 @@ struct Constants {
   double eps;
 };
 
+/// The constant range tensors, which must not ask for a gradient.
+std::vector<at::Tensor> constants_of(const ListedRanges& ranges, const Traits& traits) {
+  std::vector<at::Tensor> tensors;
+  const auto add = [&](const char* name, const OptionalTensor& tensor) {
+    if (!tensor.has_value()) return;
+    TORCH_CHECK(!tensor->requires_grad(), "asymq::quantized_softmax: ", traits.name, ": ", name,
+                " must not require grad: it is a constant of this parameterization");
+    tensors.push_back(*tensor);
+  };
+  add("min", ranges.min);
+  add("max", ranges.max);
+  return tensors;
+}
+
 /// The range tensors of a quantizer as the operators take them.
 std::vector<at::Tensor> ranges_of(const at::Tensor& first, const OptionalTensor& second,
                                   const std::vector<at::Tensor>& constants) {
@@ -98,30 +112,22 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_autograd(
     int64_t scores_parameterization, int64_t scores_bits, double scores_eps,
     at::TensorList probabilities_ranges, int64_t probabilities_parameterization,
     int64_t probabilities_bits, double probabilities_eps) {
-  constexpr const char* prefix = "asymq::quantized_softmax: ";
-  TORCH_CHECK(!mask.has_value() || !mask->requires_grad(), prefix,
-              "mask must not require grad, its gradient is not computed");
-  const auto constants = [&](const ListedRanges& ranges, const Traits& traits) {
-    std::vector<at::Tensor> tensors;
-    const auto add = [&](const char* name, const OptionalTensor& tensor) {
-      if (!tensor.has_value()) return;
-      TORCH_CHECK(!tensor->requires_grad(), prefix, traits.name, ": ", name,
-                  " must not require grad: it is a constant of this parameterization");
-      tensors.push_back(*tensor);
-    };
-    add("min", ranges.min);
-    add("max", ranges.max);
-    return tensors;
-  };
-  const Traits& scores_traits = traits_of(scores_parameterization);
-  const Traits& probabilities_traits = traits_of(probabilities_parameterization);
-  const ListedRanges s("quantized_softmax", scores_traits, scores_ranges);
-  const ListedRanges p("quantized_softmax", probabilities_traits, probabilities_ranges);
-  const auto results = QuantizedSoftmax::apply(
-      scores, s.first, p.first, s.second, p.second, mask, causal,
-      Constants{constants(s, scores_traits), scores_parameterization, scores_bits, scores_eps},
-      Constants{constants(p, probabilities_traits), probabilities_parameterization,
-                probabilities_bits, probabilities_eps});
+  // Before anything is recorded for the backward.
+  const SoftmaxKinds kinds = check_quantized_softmax(
+      scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
+      {probabilities_ranges, probabilities_parameterization, probabilities_bits,
+       probabilities_eps});
+  TORCH_CHECK(!mask.has_value() || !mask->requires_grad(),
+              "asymq::quantized_softmax: mask must not require grad, its gradient is not computed");
+  const ListedRanges& s = kinds.scores_ranges;
+  const ListedRanges& p = kinds.probabilities_ranges;
+  const Constants of_scores{constants_of(s, traits_of(scores_parameterization)),
+                            scores_parameterization, scores_bits, scores_eps};
+  const Constants of_probabilities{constants_of(p, traits_of(probabilities_parameterization)),
+                                   probabilities_parameterization, probabilities_bits,
+                                   probabilities_eps};
+  const auto results = QuantizedSoftmax::apply(scores, s.first, p.first, s.second, p.second, mask,
+                                               causal, of_scores, of_probabilities);
   return {results[0], results[1]};
 }
 
