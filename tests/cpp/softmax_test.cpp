@@ -28,9 +28,8 @@ class SoftmaxTest : public DeviceTest {
   }
   Tensor composed(const Tensor& scores, const Tensor& seen) const {
     const Tensor hidden = seen.logical_not();
-    const Tensor quantized =
-        asymq::fake_quantize_min_max(scores, min, max, 8)
-            .masked_fill(hidden, -std::numeric_limits<double>::infinity());
+    const Tensor quantized = asymq::fake_quantize_min_max(scores, min, max, 8)
+                                 .masked_fill(hidden, -std::numeric_limits<double>::infinity());
     return asymq::fake_quantize_beta_gamma(quantized.softmax(-1), beta, gamma, zero, one, 8)
         .masked_fill(hidden, 0);
   }
@@ -69,7 +68,10 @@ TEST_P(SoftmaxTest, Errors) {
     parts.push_back("asymq::quantized_softmax");
     const Tensors ends{min, max};
     expect_error(
-        [&] { asymq::quantized_softmax(scores, mask, true, range, {"min_max", ends, 8}); }, parts);
+        [&] {
+          asymq::quantized_softmax(scores, mask, true, range, {"min_max", ends, 8});
+        },
+        parts);
   };
   const Tensors ends{min, max};
   const RangeArguments range{"min_max", ends, 8};
