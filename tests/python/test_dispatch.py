@@ -6,26 +6,13 @@ import io
 import pytest
 import torch
 from compare import assert_bit_equal
+from operator_calls import OperatorCalls
 from samples import PARAMETERIZATIONS, SAMPLES, Sample
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import asymq
 
 OPS = torch.ops.asymq
-
-
-class Recorder(TorchDispatchMode):
-    """The calls of our operators below autograd: `_fake_quantize` and its backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "asymq":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 def public(sample):
@@ -46,7 +33,7 @@ def test_opcheck(sample, device):
     inputs = sample.build(device)
     arguments = sample.dispatcher_arguments(inputs.x, *inputs.parameters)
     torch.library.opcheck(public(sample), arguments)
-    with Recorder() as recorder:
+    with OperatorCalls() as recorder:
         step(
             lambda *tensors: public(sample)(*sample.dispatcher_arguments(*tensors)), sample, inputs
         )

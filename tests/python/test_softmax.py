@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_bit_equal, assert_on_grid
+from operator_calls import OperatorCalls
 from samples import PARAMETERIZATIONS
 from tiny_models import FAMILIES, prepared, tokens
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import asymq
 from asymq import attention
@@ -329,24 +329,13 @@ def test_expanded_gradient(device):
     assert_bit_equal(actual, expected)
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "asymq":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mask, dtype, device):
     scores, mask, ranges, causal = inputs(Case(mask=mask, dtype=dtype), device)
     public = (scores, mask, causal, *_flat(ranges[0]), *_flat(ranges[1]))
     torch.library.opcheck(torch.ops.asymq.quantized_softmax.default, public)
-    with Recorder() as recorder:
+    with OperatorCalls() as recorder:
         quantized_softmax(scores, mask, *ranges, causal=causal).sum().backward()
     assert [f.__name__ for f, _ in recorder.calls] == [
         "_quantized_softmax.default",
