@@ -145,18 +145,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widened(mask: Tensor | None) -> Tensor | None:
+    """A mask for wide scores: what hides in a narrow dtype hides in theirs."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    hides = mask <= torch.finfo(mask.dtype).min / 2
+    result = mask.to(wide(mask.dtype))
+    return result.masked_fill(hides, torch.finfo(result.dtype).min)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_probabilities(case, device):
     scores, mask, ranges, causal = inputs(case, device)
     actual = quantized_softmax(scores, mask, *ranges, causal=causal)
     assert actual.dtype == case.dtype and actual.is_contiguous()
-    wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide(case.dtype))
-    if mask is not None and mask.dtype != torch.bool:
-        hides = mask <= torch.finfo(case.dtype).min / 2
-        wide_mask = wide_mask.masked_fill(hides, torch.finfo(wide_mask.dtype).min)
-    expected, raw, _ = compose(
-        case, scores.detach().to(wide(case.dtype)), wide_mask, ranges, causal
-    )
+    wide_scores = scores.detach().to(wide(case.dtype))
+    expected, raw, _ = compose(case, wide_scores, widened(mask), ranges, causal)
     scale, _ = scale_of(ranges[1])
     if case.dtype in (torch.float32, torch.float64):
         quotient = raw.double() / scale.double()
@@ -197,11 +201,7 @@ def test_gradients(case, device):
         quantized_softmax(scores, mask, *ranges, causal=causal), leaves, grad
     )
     wide_scores = scores.to(wide(case.dtype))
-    wide_mask = mask
-    if mask is not None and mask.dtype != torch.bool:
-        hides = mask <= torch.finfo(case.dtype).min / 2
-        wide_mask = mask.to(wide(case.dtype)).masked_fill(hides, torch.finfo(wide(case.dtype)).min)
-    probabilities, _, quantized = compose(case, wide_scores, wide_mask, ranges, causal)
+    probabilities, _, quantized = compose(case, wide_scores, widened(mask), ranges, causal)
     *expected, upstream = torch.autograd.grad(
         probabilities, [*leaves, quantized], grad.to(wide(case.dtype))
     )
