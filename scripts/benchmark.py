@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "step": (
         benchmark_step,
-        "a training step of GPT-2, against the float model and other quantizers",
+        "a training step of a model, against the float model and other quantizers",
         {"only": benchmark_step.METHODS, "precision": benchmark_step.PRECISIONS},
     ),
 }
@@ -74,6 +74,18 @@ def main():
             metavar="DIR",
             help="where the CSV file and the table go (default scripts/results)",
         )
+        if name == "step":
+            command.add_argument(
+                "--model",
+                choices=benchmark_step.MODELS,
+                help="its shape (default gpt2, on the CPU quickstart)",
+            )
+            command.add_argument(
+                "--checkpointing", action="store_true", help="recompute the blocks' activations"
+            )
+            command.add_argument(
+                "--profile", action="store_true", help="where time, traffic and memory go"
+            )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")

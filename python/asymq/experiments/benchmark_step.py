@@ -1,4 +1,4 @@
-"""The cost of a training step of GPT-2 with quantized ranges, in multiples of the float model's.
+"""The cost of a training step with quantized ranges, in multiples of the float model's.
 
 A step is forward, loss, backward and Adam. The float models learn their weights, the quantized
 ones their ranges alone, at every site of the paper's Table 2. Weights are random: they do not
@@ -20,6 +20,7 @@ from torch import nn
 
 import asymq
 from asymq import reference
+from asymq.experiments import profile_step
 from asymq.experiments.measuring import header, median_seconds
 from asymq.quantizer import Quantizer
 
@@ -28,6 +29,7 @@ from asymq.quantizer import Quantizer
 class Setting:
     """A model's shape and the batch it is given."""
 
+    family: str
     layers: int
     width: int
     heads: int
@@ -36,10 +38,11 @@ class Setting:
     context: int
 
 
-SETTINGS = {
-    # GPT-2 small, and the model of the quick start.
-    "cuda": Setting(layers=12, width=768, heads=12, vocabulary=50257, batch=8, context=1024),
-    "cpu": Setting(layers=4, width=128, heads=4, vocabulary=2048, batch=8, context=128),
+MODELS = {
+    "gpt2": Setting("gpt2", 12, 768, 12, 50257, batch=8, context=1024),
+    "gpt2-xl": Setting("gpt2", 48, 1600, 25, 50257, batch=8, context=768),
+    "opt-1.3b": Setting("opt", 24, 2048, 32, 50272, batch=8, context=1024),
+    "quickstart": Setting("gpt2", 4, 128, 4, 2048, batch=8, context=128),
 }
 PRECISIONS = ("tf32", "bfloat16")
 
@@ -58,33 +61,42 @@ class Row:
 
 
 def float_model(setting: Setting, device: str, attention: str) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=setting.layers,
-        n_embd=setting.width,
-        n_head=setting.heads,
-        vocab_size=setting.vocabulary,
-        n_positions=setting.context,
-        # Dropout is no part of range learning, and would slow down the float model alone.
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-        loss_type="ForCausalLM",
-        attn_implementation=attention,
-    )
+    # Dropout is no part of range learning, and would slow down the float model alone.
+    if setting.family == "gpt2":
+        config = GPT2Config(
+            n_layer=setting.layers,
+            n_embd=setting.width,
+            n_head=setting.heads,
+            n_positions=setting.context,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    else:
+        config = OPTConfig(
+            num_hidden_layers=setting.layers,
+            hidden_size=setting.width,
+            word_embed_proj_dim=setting.width,
+            num_attention_heads=setting.heads,
+            ffn_dim=4 * setting.width,
+            max_position_embeddings=setting.context,
+            dropout=0.0,
+        )
+    config.vocab_size, config.use_cache = setting.vocabulary, False
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    config.loss_type = "ForCausalLM"
     with torch.device(device):
-        return GPT2LMHeadModel(config).train()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.train()
 
 
 def prepared_model(parameterization: str, setting: Setting, device: str, ids) -> nn.Module:
     model = float_model(setting, device, "eager")
     asymq.prepare(model, asymq.QuantConfig.table2(parameterization))
-    asymq.calibrate(model, [ids])
+    asymq.calibrate(model, [ids[:1]])
     asymq.freeze_weights(model)
     return model
 
@@ -127,8 +139,10 @@ METHODS = {
 
 
 @contextmanager
-def step_of(method: Method, setting: Setting, device: str, precision: str) -> Iterator[Callable]:
-    """One training step as a function of nothing."""
+def step_of(
+    method: Method, setting: Setting, device: str, precision: str, checkpointing: bool
+) -> Iterator[tuple[Callable, nn.Module]]:
+    """One training step as a function of nothing, and its model."""
     torch.manual_seed(1)
     ids = torch.randint(setting.vocabulary, (setting.batch, setting.context), device=device)
     if method.functions is None:
@@ -137,6 +151,8 @@ def step_of(method: Method, setting: Setting, device: str, precision: str) -> It
     else:
         model = prepared_model(method.parameterization, setting, device, ids)
         parameters = asymq.range_parameters(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.Adam(parameters, lr=1e-5)
     if method.compiled:
         torch.compiler.reset()
@@ -153,7 +169,7 @@ def step_of(method: Method, setting: Setting, device: str, precision: str) -> It
     functions = Quantizer.functions
     Quantizer.functions = method.functions
     try:
-        yield step
+        yield step, model
     finally:
         Quantizer.functions = functions
 
@@ -179,8 +195,8 @@ def measure(step: Callable, device: str, span: float) -> tuple[float, float | No
     return median_seconds(sample, span), torch.cuda.max_memory_allocated() / 2**30
 
 
-def markdown(rows: list[Row], head: list[str], setting: Setting) -> str:
-    lines = ["# A training step of GPT-2", "", *(f"- {line}" for line in head), f"- {setting}", ""]
+def markdown(rows: list[Row], head: list[str]) -> str:
+    lines = ["# A training step", "", *(f"- {line}" for line in head), ""]
     lines += ["| precision | method | ms | times float_eager | peak GiB |", "|---|---|---|---|---|"]
     for row in rows:
         peak = "" if row.peak_gib is None else f"{row.peak_gib:.1f}"
@@ -192,41 +208,52 @@ def markdown(rows: list[Row], head: list[str], setting: Setting) -> str:
 def run(args) -> None:
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    setting, span, rows = SETTINGS[args.device], 1.0 if args.quick else 3.0, []
+    name = args.model or ("gpt2" if args.device == "cuda" else "quickstart")
+    setting, span, rows, profiles = MODELS[name], 1.0 if args.quick else 3.0, [], []
     head = header(args.device, "random weights, 4-bit weights, 12-bit activations, range learning")
-    print("\n".join([*head, str(setting)]))
+    head.append(f"{name}: {setting}" + ", gradient checkpointing" * args.checkpointing)
+    print("\n".join(head))
     for precision in args.precision:
         base = float("nan")
-        for name in args.only:
-            with step_of(METHODS[name], setting, args.device, precision) as step:
+        for method in args.only:
+            with step_of(METHODS[method], setting, args.device, precision, args.checkpointing) as (
+                step,
+                model,
+            ):
                 seconds, peak = measure(step, args.device, span)
-            if name == "float_eager":
+                if args.profile:
+                    title = f"{method}, {precision}"
+                    profiles += profile_step.markdown(
+                        profile_step.profile(step, model, seconds), title
+                    )
+            if method == "float_eager":
                 base = seconds
             row = Row(
                 args.device,
                 precision,
-                name,
+                method,
                 round(seconds * 1e3, 3),
                 round(seconds / base, 3),
                 peak and round(peak, 2),
             )
             rows.append(row)
             print(
-                f"{precision:8} {name:12} {row.milliseconds:8.1f} ms {row.ratio:6.2f} times "
+                f"{precision:8} {method:12} {row.milliseconds:8.1f} ms {row.ratio:6.2f} times "
                 f"float_eager" + ("" if peak is None else f"  {peak:6.1f} GiB"),
                 flush=True,
             )
-            del step
+            del step, model
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"step_{args.device}"
+    name = "" if args.model is None else f"_{args.model}" + "_checkpointing" * args.checkpointing
+    path = args.out / f"step_{args.device}{name}"
     with path.with_suffix(".csv").open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in (*head, str(setting)))
+        file.writelines(f"# {line}\n" for line in head)
         writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    path.with_suffix(".md").write_text(markdown(rows, head, setting))
+    path.with_suffix(".md").write_text("\n".join([markdown(rows, head), *profiles]))
     print(f"wrote {path}.csv and {path}.md")
