@@ -156,8 +156,8 @@ def markdown(result: Profile, name: str, rows: int = 40) -> list[str]:
     lines = [f"## {name}", "", f"A step takes {result.wall * 1e3:.1f} ms."]
     if result.launches:
         lines[-1] += (
-            f" In {result.busy * 1e3:.1f} ms of it one of its {result.launches} kernels runs; the "
-            f"gaps between them, in a profiled run, leave {(result.wall - result.busy) * 1e3:.1f} ms."
+            f" In {result.busy * 1e3:.1f} ms of it one of its {result.launches} kernels runs; for "
+            f"{(result.wall - result.busy) * 1e3:.1f} ms the GPU waits."
         )
     lines += ["", "| part | ms | GiB moved |", "|---|---|---|"]
     for title, (seconds, moved) in sorted(parts.items(), key=lambda item: -item[1][0]):
