@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -250,10 +251,10 @@ def run(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     name = "" if args.model is None else f"_{args.model}" + "_checkpointing" * args.checkpointing
     path = args.out / f"step_{args.device}{name}"
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    with open(f"{path}.csv", "w", newline="") as file:
         file.writelines(f"# {line}\n" for line in head)
         writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    path.with_suffix(".md").write_text("\n".join([markdown(rows, head), *profiles]))
+    Path(f"{path}.md").write_text("\n".join([markdown(rows, head), *profiles]))
     print(f"wrote {path}.csv and {path}.md")
