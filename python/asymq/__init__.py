@@ -41,7 +41,12 @@ from asymq.specs import (  # noqa: E402
     QuantSpec,
 )
 from asymq.summary import summary  # noqa: E402
-from asymq.training import attach_step_rule, freeze_weights, range_parameters  # noqa: E402
+from asymq.training import (  # noqa: E402
+    attach_step_rule,
+    capture_step,
+    freeze_weights,
+    range_parameters,
+)
 
 __all__ = [
     "PerChannel",
@@ -56,6 +61,7 @@ __all__ = [
     "__version__",
     "attach_step_rule",
     "calibrate",
+    "capture_step",
     "convert",
     "convert_parameterization",
     "dequantize",

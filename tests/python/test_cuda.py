@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tiny_models
 import torch
 from compare import assert_bit_equal, assert_sums, term_sizes
 from samples import COVERING, SAMPLES, Sample
@@ -197,3 +198,38 @@ def test_memory():
     xhat = asymq.fake_quantize_min_max(x, *ends, bits=8)
     torch.autograd.grad(xhat, (x, *ends), x.detach())
     assert torch.cuda.max_memory_allocated() - before < 2.1 * size
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_captured_step_trains_as_eager(family):
+    batches = [tiny_models.tokens(seed=seed).cuda() for seed in range(6)]
+
+    def learn(captured: bool) -> tuple[list, list]:
+        model = tiny_models.prepared(getattr(tiny_models, family)()).cuda().train()
+        asymq.freeze_weights(model)
+        ids = batches[0].clone()
+        optimizer = torch.optim.Adam(asymq.range_parameters(model), lr=1e-3, capturable=True)
+
+        def step():
+            optimizer.zero_grad()
+            loss = tiny_models.next_token_loss(model, ids)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        if captured:
+            step = asymq.capture_step(step, warmup=2)
+        else:
+            for _ in range(2):
+                step()
+        losses = []
+        for batch in batches:
+            ids.copy_(batch)
+            losses.append(step().item())
+        return losses, [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+    (losses, ranges), (expected, eager) = learn(True), learn(False)
+    assert len(set(losses)) == len(batches)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(ranges, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -476,3 +476,9 @@ def test_two_processes(tmp_path):
     expected = gradients(model, next_token_loss(model, tokens(4, 12)))
     for rank in range(2):
         assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_capture_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="asymq.capture_step: needs a CUDA GPU"):
+        asymq.capture_step(lambda: None)

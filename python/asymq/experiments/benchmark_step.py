@@ -127,12 +127,15 @@ class Method:
     parameterization: str = "min_max"
     attention: str = "eager"
     compiled: bool = False
+    captured: bool = False
 
 
 METHODS = {
     "float_eager": Method(None),
     "float_sdpa": Method(None, attention="sdpa"),
     "asymq": Method(asymq.ops),
+    "asymq_captured": Method(asymq.ops, captured=True),
+    "asymq_compiled": Method(asymq.ops, compiled=True),
     "torch_core": Method(TORCH_CORE, "scale_offset"),
     "reference": Method(reference),
     "compiled": Method(reference, compiled=True),
@@ -154,7 +157,7 @@ def step_of(
         parameters = asymq.range_parameters(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.Adam(parameters, lr=1e-5)
+    optimizer = torch.optim.Adam(parameters, lr=1e-5, capturable=method.captured)
     if method.compiled:
         torch.compiler.reset()
         model = torch.compile(model)
@@ -170,7 +173,7 @@ def step_of(
     functions = Quantizer.functions
     Quantizer.functions = method.functions
     try:
-        yield step, model
+        yield asymq.capture_step(step) if method.captured else step, model
     finally:
         Quantizer.functions = functions
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 STEPS = 3
 # The part of a step that an operator belongs to: the first whose pattern its name has.
 PARTS = {
-    "quantized softmax": "asymq::quantized_softmax",
+    "quantized softmax": "quantized_softmax",
     "fake-quantize": "asymq::|fake_quantize",
     "GEMMs": "mm$|linear|matmul|attention",
     "cross-entropy": "log_softmax|nll_loss",
@@ -157,7 +157,7 @@ def markdown(result: Profile, name: str, rows: int = 40) -> list[str]:
     if result.launches:
         lines[-1] += (
             f" In {result.busy * 1e3:.1f} ms of it one of its {result.launches} kernels runs; for "
-            f"{(result.wall - result.busy) * 1e3:.1f} ms the GPU waits."
+            f"{max(0.0, result.wall - result.busy) * 1e3:.1f} ms the GPU waits."
         )
     lines += ["", "| part | ms | GiB moved |", "|---|---|---|"]
     for title, (seconds, moved) in sorted(parts.items(), key=lambda item: -item[1][0]):
