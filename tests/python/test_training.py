@@ -480,5 +480,5 @@ def test_two_processes(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_capture_needs_a_gpu():
-    with pytest.raises(RuntimeError, match="asymq.capture_step: needs a CUDA GPU"):
+    with pytest.raises(RuntimeError, match=r"asymq\.capture_step: needs a CUDA GPU"):
         asymq.capture_step(lambda: None)
