@@ -27,9 +27,9 @@ void launch_backward(const Plan& plan, const detail::Layout& layout, const Quant
                      const detail::RangePointers<P>& ranges, const S* grad, const S* x, S* dx,
                      P* first, P* second, double* workspace, cudaStream_t stream);
 
-/// One quantizer of a softmax.
+/// A quantizer with one range, of a kernel that does more than quantize.
 template <class P>
-struct SoftmaxQuantizerPointers {
+struct QuantizerPointers {
   QuantizerKind kind;
   detail::RangePointers<P> ranges;
   P* first = nullptr;  ///< backward: gradients of the learned parameters; null where not wanted
@@ -41,7 +41,7 @@ template <class S, class P>
 struct SoftmaxOperands {
   detail::AttentionShape shape;
   detail::AttentionMask<Compute<S>> mask;
-  SoftmaxQuantizerPointers<P> scores_quantizer, probabilities_quantizer;
+  QuantizerPointers<P> scores_quantizer, probabilities_quantizer;
   const S* scores;
 };
 
@@ -56,6 +56,48 @@ template <class S, class P>
 void launch_softmax_backward(const SoftmaxPlan& plan, const SoftmaxOperands<S, P>& operands,
                              const S* grad, const Compute<S>* statistics, S* dscores,
                              double* workspace, cudaStream_t stream);
+
+/// x and out are dense, in one order of memory, and `plan` is that of one range over all of them:
+/// spans of a row.
+template <class S, class P>
+void launch_gelu_forward(const Plan& plan, const QuantizerPointers<P>& input,
+                         const QuantizerPointers<P>& output, const S* x, S* out,
+                         cudaStream_t stream);
+
+/// dx is null where not wanted. `workspace` holds 6 · plan.blocks doubles; it may be null where no
+/// range gradients are wanted.
+template <class S, class P>
+void launch_gelu_backward(const Plan& plan, const QuantizerPointers<P>& input,
+                          const QuantizerPointers<P>& output, const S* grad, const S* x, S* dx,
+                          double* workspace, cudaStream_t stream);
+
+/// Operands of a quantized cross-entropy and its backward.
+template <class S>
+struct CrossEntropyOperands {
+  int64_t rows;
+  int classes;
+  bool vectorized;  ///< 16-byte accesses: the first rows of all tensors are aligned to them
+  int64_t ignore_index;
+  const int64_t* labels;  ///< [rows]
+  const S* logits;        ///< [rows, classes]
+
+  ASYMQ_HOST_DEVICE bool is_class(int64_t label) const { return label >= 0 && label < classes; }
+};
+
+/// losses [rows]. statistics [rows, 2]: of each row the largest quantized logit and the logarithm
+/// of the sum of exponentials; 0 where the label is ignored.
+template <class S, class P>
+void launch_cross_entropy_forward(const CrossEntropyOperands<S>& operands,
+                                  const QuantizerPointers<P>& quantizer, Compute<S>* losses,
+                                  Compute<S>* statistics, cudaStream_t stream);
+
+/// dlogits is null where not wanted. `workspace` holds 3 · rows doubles; it may be null where no
+/// range gradients are wanted. overlaps: see Plan.
+template <class S, class P>
+void launch_cross_entropy_backward(const CrossEntropyOperands<S>& operands,
+                                   const QuantizerPointers<P>& quantizer, const Compute<S>* grad,
+                                   const Compute<S>* statistics, S* dlogits, double* workspace,
+                                   bool overlaps, cudaStream_t stream);
 
 template <class S, class P, class Code>
 void launch_quantize(const detail::Layout& layout, const QuantizerKind& kind,

@@ -2,7 +2,7 @@
 // it in registers and computes the rest again; keys past a causal row's end are never read.
 #include "device.cuh"
 #include "kernels.h"
-#include "range_gradients.cuh"
+#include "quantizer_pair.cuh"
 
 namespace asymq::cuda {
 namespace {
@@ -30,35 +30,6 @@ __device__ __forceinline__ ReciprocalGrid divider(float sum) {
   return make_reciprocal(Grid<float>{sum, 0, 0});
 }
 __device__ __forceinline__ Grid<double> divider(double sum) { return {sum, 0, 0}; }
-
-/// Both grids of a call, made by two warps for the whole block.
-template <class T>
-struct BothGrids {
-  Grid<T> scores, probabilities;
-};
-
-template <class T, class P>
-__device__ __forceinline__ BothGrids<T> make_block_grids(
-    const SoftmaxQuantizerPointers<P>& scores, const SoftmaxQuantizerPointers<P>& probabilities) {
-  __shared__ BothGrids<T> grids;
-  if (threadIdx.x == 0) grids.scores = make_grid<T>(scores.kind, scores.ranges.load(0));
-  if (threadIdx.x == kWarp) {
-    grids.probabilities = make_grid<T>(probabilities.kind, probabilities.ranges.load(0));
-  }
-  __syncthreads();
-  return grids;
-}
-
-/// Calls body(scores' grid, probabilities' grid) in the form that divides fastest.
-template <class T, class Body>
-__device__ __forceinline__ void with_fast_divisions(const BothGrids<T>& grids, const Body& body) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (has_reciprocal(grids.scores) && has_reciprocal(grids.probabilities)) {
-      return body(make_reciprocal(grids.scores), make_reciprocal(grids.probabilities));
-    }
-  }
-  body(grids.scores, grids.probabilities);
-}
 
 /// A lane's share of one row of scores: vectors lane, lane + 32, ... of kCount elements. kMasked:
 /// there may be a mask beside the causal one.
@@ -205,17 +176,11 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
   store_zeros<kCount>(out, row.seen_vectors(), keys);
 }
 
-/// Sums of both quantizers' ranges.
-template <class T>
-struct BothSums {
-  Sums<T> scores, probabilities;
-};
-
 template <int kCount, bool kMasked, class S, class P, class G>
 __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, int64_t index,
                                              const G& scores_grid, const G& probabilities_grid,
                                              const S* grad, const Compute<S>* statistics,
-                                             S* dscores, BothSums<double>& sums) {
+                                             S* dscores, SumsPair<double>& sums) {
   using T = Compute<S>;
   using Row = RowOfScores<kCount, kMasked, S, G>;
   const int64_t keys = op.shape.keys;
@@ -268,11 +233,11 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
         T p[kCount], g[kCount];
         Sums<T> of_vector{};
         probabilities_of(row.load(vector), load_grad(vector), vector, p, g, of_vector);
-        add(sums.probabilities, of_vector);
+        add(sums.after, of_vector);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) dot += p[j] < T(0) ? T(0) : g[j] * p[j];
       });
-  add(sums.probabilities, partial);
+  add(sums.after, partial);
   dot = warp_sum(dot);
 
   partial = {};
@@ -304,9 +269,9 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
         Sums<T> ignored{}, of_vector{};
         probabilities_of(scores, load_grad(vector), vector, p, g, ignored);
         finish_vector(scores, vector, p, g, of_vector);
-        add(sums.scores, of_vector);
+        add(sums.before, of_vector);
       });
-  add(sums.scores, partial);
+  add(sums.before, partial);
   if (dscores != nullptr) store_zeros<kCount>(dscores + index * keys, row.seen_vectors(), keys);
 }
 
@@ -336,25 +301,17 @@ template <int kCount, bool kMasked, class S, class P>
 __global__ void __launch_bounds__(kSoftmaxThreads, kSoftmaxBlocks)
     softmax_backward(SoftmaxPlan plan, SoftmaxOperands<S, P> op, const S* __restrict__ grad,
                      const Compute<S>* __restrict__ statistics, S* __restrict__ dscores,
-                     RangeGradients<Compute<S>, P> of_scores,
-                     RangeGradients<Compute<S>, P> of_probabilities) {
+                     RangeGradientsPair<Compute<S>, P> gradients) {
   allow_overlap();
   const auto grids = make_block_grids<Compute<S>>(op.scores_quantizer, op.probabilities_quantizer);
-  BothSums<double> sums{};
+  SumsPair<double> sums{};
   with_fast_divisions(grids, [&](const auto& scores_grid, const auto& probabilities_grid) {
     for_each_row(plan, op, [&](int64_t row) {
       backward_row<kCount, kMasked>(op, row, scores_grid, probabilities_grid, grad, statistics,
                                     dscores, sums);
     });
   });
-  const auto store = [&](const auto& gradients, const Sums<double>& of_thread) {
-    if (!gradients.needed()) return;
-    const auto total = sum_block<kSoftmaxThreads>(of_thread);
-    if (threadIdx.x == 0) gradients.store_sums(0, blockIdx.x, 0, total);
-    __syncthreads();
-  };
-  store(of_scores, sums.scores);
-  store(of_probabilities, sums.probabilities);
+  store_block_sums<kSoftmaxThreads>(gradients, sums);
 }
 
 /// Calls launch(width, masked), two compile-time constants, for the kernel that serves a call.
@@ -388,29 +345,16 @@ template <class S, class P>
 void launch_softmax_backward(const SoftmaxPlan& plan, const SoftmaxOperands<S, P>& operands,
                              const S* grad, const Compute<S>* statistics, S* dscores,
                              double* workspace, cudaStream_t stream) {
-  const auto gradients = [&](const SoftmaxQuantizerPointers<P>& quantizer, double* sums) {
-    return RangeGradients<Compute<S>, P>{quantizer.kind,
-                                         quantizer.ranges,
-                                         quantizer.first,
-                                         quantizer.second,
-                                         sums,
-                                         {plan.blocks, 1, 3, 3, 3, 1}};
-  };
-  const auto of_scores = gradients(operands.scores_quantizer, workspace);
-  const auto of_probabilities =
-      gradients(operands.probabilities_quantizer, workspace + 3 * plan.blocks);
+  const auto gradients = make_range_gradients<Compute<S>>(
+      operands.scores_quantizer, operands.probabilities_quantizer, workspace, plan.blocks);
   const auto blocks = static_cast<unsigned>(plan.blocks);
   if (blocks > 0) {
     select_kernel(plan, operands, [&](auto width, auto masked) {
       softmax_backward<width(), masked()><<<blocks, kSoftmaxThreads, 0, stream>>>(
-          plan, operands, grad, statistics, dscores, of_scores, of_probabilities);
+          plan, operands, grad, statistics, dscores, gradients);
     });
   }
-  for (const auto* one : {&of_scores, &of_probabilities}) {
-    if (one->needed() && one->partials.count() != 1) {
-      launch_finish(1, *one, plan.overlaps, stream);
-    }
-  }
+  launch_finish(gradients, plan.overlaps, stream);
 }
 
 #define ASYMQ_INSTANTIATE(S, P)                                                              \

@@ -8,9 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/common.h"
-#include "cpu/vector_loops.h"
-#include "ops/arguments.h"
+#include "cpu/quantizer_pair.h"
 
 namespace asymq {
 namespace {
@@ -42,37 +40,13 @@ T sum_of(int64_t n, const auto& term) {
       T(0), n, [](T a, T b) { return a + b; }, term);
 }
 
-/// Elements as the compute type; `to` is filled.
-template <class S, class T>
-void load(const S* from, T* to, int64_t n) {
-  if constexpr (std::is_same_v<S, T>) {
-    std::copy_n(from, n, to);
-  } else {
-    cpu::widen(from, to, n);
-  }
-}
-
-template <class S, class T>
-void store(const T* from, S* to, int64_t n) {
-  if constexpr (std::is_same_v<S, T>) {
-    std::copy_n(from, n, to);
-  } else {
-    cpu::narrow(from, to, n);
-  }
-}
-
-/// Sums of both quantizers' ranges.
-struct BothSums {
-  Sums<double> scores, probabilities;
-};
-
 /// One call of quantized_softmax, or of its backward, on contiguous tensors.
 template <class S>
 struct Softmax {
   using T = Compute<S>;
   AttentionShape shape;
   AttentionMask<T> mask;
-  Grid<T> scores_grid, probabilities_grid;
+  cpu::GridPair<T> grids;
   const S* scores;
 
   bool masked() const { return mask.visible != nullptr || mask.added != nullptr; }
@@ -100,8 +74,8 @@ struct Softmax {
     for (int64_t index = first; index < last; ++index) {
       const MaskRow<T> row = mask.row(shape, index);
       T* const values = buffer + (index - first) * shape.keys;
-      load(scores + index * shape.keys, values, row.end);
-      cpu::forward_run(values, values, row.end, scores_grid);
+      cpu::load(scores + index * shape.keys, values, row.end);
+      cpu::forward_run(values, values, row.end, grids.before);
       if (masked()) {
         for (int64_t key = 0; key < row.end; ++key) {
           values[key] = row.sees(key) ? row.apply(values[key], key) : kHidden;
@@ -144,25 +118,16 @@ struct Softmax {
       for (int64_t index = first; index < last; ++index) {
         const MaskRow<T> row = mask.row(shape, index);
         T* const values = buffer.data() + (index - first) * shape.keys;
-        cpu::forward_run(values, values, row.end, probabilities_grid);
+        cpu::forward_run(values, values, row.end, grids.after);
         for_each_hidden(row, [&](int64_t key) { values[key] = 0; });
-        store(values, out + index * shape.keys, shape.keys);
+        cpu::store(values, out + index * shape.keys, shape.keys);
       }
     });
   }
 
-  /// Straight-through gradient of a quantizer over a row; see cpu::backward_run.
-  static void backward_run(const T* grad, const T* x, T* dx, int64_t n, const Grid<T>& grid,
-                           Sums<double>* sums) {
-    for (int64_t first = 0; first < n; first += cpu::kMaxRun) {
-      cpu::backward_run(grad + first, x + first, dx + first, std::min(cpu::kMaxRun, n - first),
-                        grid, sums);
-    }
-  }
-
   /// dscores is null where not wanted; so are the sums, which are one per task.
   void backward(const S* grad, const T* statistics, S* dscores, bool needs_scores_sums,
-                bool needs_probabilities_sums, std::vector<BothSums>& sums) const {
+                bool needs_probabilities_sums, std::vector<cpu::SumsPair>& sums) const {
     for_each_task([&](int64_t task, int64_t first, int64_t last) {
       const int64_t keys = shape.keys;
       std::vector<T> buffer((last - first) * keys), gradients(keys), values(keys);
@@ -171,40 +136,36 @@ struct Softmax {
         const MaskRow<T> row = mask.row(shape, index);
         const T* const probability = buffer.data() + (index - first) * keys;
         T* const gradient = gradients.data();
-        load(grad + index * keys, gradient, row.end);
+        cpu::load(grad + index * keys, gradient, row.end);
         for_each_hidden(row, [&](int64_t key) { gradient[key] = 0; });
-        backward_run(gradient, probability, gradient, row.end, probabilities_grid,
-                     needs_probabilities_sums ? &sums[task].probabilities : nullptr);
+        cpu::backward_long_run(gradient, probability, gradient, row.end, grids.after,
+                               needs_probabilities_sums ? &sums[task].after : nullptr);
         if (dscores == nullptr && !needs_scores_sums) continue;
         const T dot =
             sum_of<T>(row.end, [&](int64_t key) { return gradient[key] * probability[key]; });
         for (int64_t key = 0; key < row.end; ++key) {
           gradient[key] = detail::softmax_gradient(probability[key], gradient[key], dot);
         }
-        load(scores + index * keys, values.data(), row.end);
+        cpu::load(scores + index * keys, values.data(), row.end);
         // A hidden score, which may be NaN, adds to no sum.
         for_each_hidden(row, [&](int64_t key) { gradient[key] = values[key] = 0; });
-        backward_run(gradient, values.data(), gradient, row.end, scores_grid,
-                     needs_scores_sums ? &sums[task].scores : nullptr);
+        cpu::backward_long_run(gradient, values.data(), gradient, row.end, grids.before,
+                               needs_scores_sums ? &sums[task].before : nullptr);
         if (dscores == nullptr) continue;
         std::fill(gradients.begin() + row.end, gradients.end(), T(0));
-        store(gradient, dscores + index * keys, keys);
+        cpu::store(gradient, dscores + index * keys, keys);
       }
     });
   }
 };
 
 template <class S, class P>
-Softmax<S> make_softmax(const at::Tensor& scores, const SoftmaxKinds& kinds,
+Softmax<S> make_softmax(const at::Tensor& scores, const QuantizerPair& pair,
                         const MaskTensor& mask) {
   using T = Compute<S>;
-  const auto grid = [](const QuantizerKind& kind, const ListedRanges& ranges) {
-    return make_grid<T>(kind, ContiguousRanges(ranges.tensors()).pointers<P>().load(0));
-  };
   return {{scores.size(0), scores.size(1), scores.size(2), scores.size(3)},
           mask.view<T>(),
-          grid(kinds.scores, kinds.scores_ranges),
-          grid(kinds.probabilities, kinds.probabilities_ranges),
+          cpu::make_grids<T, P>(pair),
           scores.const_data_ptr<S>()};
 }
 
@@ -213,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
     int64_t scores_parameterization, int64_t scores_bits, double scores_eps,
     at::TensorList probabilities_ranges, int64_t probabilities_parameterization,
     int64_t probabilities_bits, double probabilities_eps) {
-  const SoftmaxKinds kinds = check_quantized_softmax(
+  const QuantizerPair pair = check_quantized_softmax(
       scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
       {probabilities_ranges, probabilities_parameterization, probabilities_bits,
        probabilities_eps});
@@ -222,9 +183,9 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
   at::Tensor out = at::empty(scores.sizes(), scores.options());
   at::Tensor statistics = at::empty({scores.size(0), scores.size(1), scores.size(2), 2},
                                     scores.options().dtype(compute_dtype(scores.scalar_type())));
-  dispatch_dtypes(scores, kinds.scores_ranges.first, [&](auto element, auto range) {
+  dispatch_dtypes(scores, pair.before.ranges.first, [&](auto element, auto range) {
     using S = decltype(element);
-    make_softmax<S, decltype(range)>(dense, kinds, mask_tensor)
+    make_softmax<S, decltype(range)>(dense, pair, mask_tensor)
         .forward(out.mutable_data_ptr<S>(), statistics.mutable_data_ptr<Compute<S>>());
   });
   return {out, statistics};
@@ -238,44 +199,24 @@ quantized_softmax_backward_cpu(const at::Tensor& grad, const at::Tensor& scores,
                                double scores_eps, at::TensorList probabilities_ranges,
                                int64_t probabilities_parameterization, int64_t probabilities_bits,
                                double probabilities_eps, std::array<bool, 5> needs) {
-  const SoftmaxKinds kinds = check_quantized_softmax(
+  const QuantizerPair pair = check_quantized_softmax(
       scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
       {probabilities_ranges, probabilities_parameterization, probabilities_bits,
        probabilities_eps});
-  check_softmax_grad(grad, scores);
+  check_grad("quantized_softmax", "scores", grad, scores);
   const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
   const MaskTensor mask_tensor(mask, scores, causal);
   at::Tensor dscores = needs[0] ? at::empty(scores.sizes(), scores.options()) : at::Tensor();
-  at::Tensor gradients[4];
-  for (int i = 0; i < 4; ++i) {
-    const at::Tensor& range = (i < 2 ? kinds.scores_ranges : kinds.probabilities_ranges).first;
-    if (needs[1 + i]) gradients[i] = at::empty(range.sizes(), range.options());
-  }
-  dispatch_dtypes(scores, kinds.scores_ranges.first, [&](auto element, auto range) {
+  const auto gradients = empty_gradients(pair, needs);
+  dispatch_dtypes(scores, pair.before.ranges.first, [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    const auto softmax = make_softmax<S, P>(dense, kinds, mask_tensor);
-    std::vector<BothSums> parts(softmax.tasks());
+    const auto softmax = make_softmax<S, P>(dense, pair, mask_tensor);
+    std::vector<cpu::SumsPair> parts(softmax.tasks());
     softmax.backward(upstream.const_data_ptr<S>(), statistics.const_data_ptr<Compute<S>>(),
                      needs[0] ? dscores.mutable_data_ptr<S>() : nullptr, needs[1] || needs[2],
                      needs[3] || needs[4], parts);
-    const auto finish = [&](const QuantizerKind& kind, const ListedRanges& ranges,
-                            Sums<double> BothSums::*which, at::Tensor* to) {
-      Sums<double> total{};
-      for (const BothSums& part : parts) {
-        total.inside += (part.*which).inside;
-        total.below += (part.*which).below;
-        total.above += (part.*which).above;
-      }
-      const ContiguousRanges dense_ranges(ranges.tensors());
-      const auto map = make_gradient_map<Compute<S>>(kind, dense_ranges.pointers<P>().load(0));
-      const RangeGradient gradient = range_gradient(kind, map, total);
-      if (to[0].defined()) *to[0].mutable_data_ptr<P>() = static_cast<P>(gradient.first);
-      if (to[1].defined()) *to[1].mutable_data_ptr<P>() = static_cast<P>(gradient.second);
-    };
-    finish(kinds.scores, kinds.scores_ranges, &BothSums::scores, gradients);
-    finish(kinds.probabilities, kinds.probabilities_ranges, &BothSums::probabilities,
-           gradients + 2);
+    cpu::store_gradients<Compute<S>, P>(pair, parts, gradients);
   });
   return {dscores, gradients[0], gradients[1], gradients[2], gradients[3]};
 }

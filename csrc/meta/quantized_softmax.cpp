@@ -29,16 +29,14 @@ quantized_softmax_backward_meta(const at::Tensor& grad, const at::Tensor& scores
                                 double scores_eps, at::TensorList probabilities_ranges,
                                 int64_t probabilities_parameterization, int64_t probabilities_bits,
                                 double probabilities_eps, std::array<bool, 5> needs) {
-  check_quantized_softmax(scores, mask,
-                          {scores_ranges, scores_parameterization, scores_bits, scores_eps},
-                          {probabilities_ranges, probabilities_parameterization, probabilities_bits,
-                           probabilities_eps});
-  check_softmax_grad(grad, scores);
-  const auto like = [&](int which, const at::Tensor& tensor) {
-    return needs[which] ? at::empty_symint(tensor.sym_sizes(), tensor.options()) : at::Tensor();
-  };
-  return {like(0, scores), like(1, scores_ranges[0]), like(2, scores_ranges[0]),
-          like(3, probabilities_ranges[0]), like(4, probabilities_ranges[0])};
+  const QuantizerPair pair = check_quantized_softmax(
+      scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
+      {probabilities_ranges, probabilities_parameterization, probabilities_bits,
+       probabilities_eps});
+  check_grad("quantized_softmax", "scores", grad, scores);
+  const auto gradients = empty_gradients(pair, needs);
+  return {needs[0] ? at::empty_symint(scores.sym_sizes(), scores.options()) : at::Tensor(),
+          gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 
 }  // namespace

@@ -185,8 +185,8 @@ void check_grad(const at::Tensor& grad, const at::Tensor& x, int64_t parameteriz
   check_grad("asymq::fake_quantize_", traits_of(parameterization).name, "x", grad, x);
 }
 
-void check_softmax_grad(const at::Tensor& grad, const at::Tensor& scores) {
-  check_grad("asymq::", "quantized_softmax", "scores", grad, scores);
+void check_grad(const char* op, const char* name, const at::Tensor& grad, const at::Tensor& x) {
+  check_grad("asymq::", op, name, grad, x);
 }
 
 QuantizerKind check_quantize(const char* op, const at::Tensor& x, const at::Tensor& scale,
@@ -211,27 +211,43 @@ QuantizerKind check_quantize(const char* op, const at::Tensor& x, const at::Tens
   return make_kind(find_parameterization("scale_offset", symmetric, false), bits, eps);
 }
 
+QuantizerArguments by_position(const char* op, const RangeArguments& range) {
+  return {range.parameters,
+          find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid),
+          range.bits, range.eps};
+}
+
 namespace {
 
-QuantizerKind check_softmax_quantizer(const char* prefix, const at::Tensor& scores,
-                                      const RangeTensors& ranges,
-                                      const SoftmaxQuantizer& quantizer) {
+/// prefix: the operator, and whose quantizer it is. x: the argument `name` that it belongs to.
+CheckedQuantizer check_quantizer(const char* op, const char* prefix, const char* name,
+                                 const at::Tensor& x, const QuantizerArguments& quantizer) {
   const Traits& traits = traits_of(quantizer.parameterization);
+  ListedRanges ranges(op, traits, quantizer.ranges);
   check_scalars(prefix, traits.name, quantizer.bits, quantizer.eps);
-  const ArgumentList list = name_ranges(traits, prefix, ranges);
-  check_alike(prefix, traits.name, list, scores.scalar_type() == at::kDouble);
+  const ArgumentList list = name_ranges(traits, prefix, ranges.tensors());
+  check_alike(prefix, traits.name, list, x.scalar_type() == at::kDouble);
   TORCH_CHECK(ranges.first.sym_numel() == 1, prefix, traits.name, ": ", traits.first,
               " must have one element, got shape ", ranges.first.sym_sizes());
-  TORCH_CHECK(ranges.first.device() == scores.device(), prefix, traits.name, ": ", traits.first,
-              " must be on the scores' device ", scores.device(), ", got ", ranges.first.device());
-  return make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps);
+  TORCH_CHECK(ranges.first.device() == x.device(), prefix, traits.name, ": ", traits.first,
+              " must be on the device of ", name, ", ", x.device(), ", got ",
+              ranges.first.device());
+  return {make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps), ranges};
+}
+
+void check_same_dtype(const char* op, const char* before, const char* after,
+                      const QuantizerPair& pair) {
+  const auto wanted = pair.before.ranges.first.scalar_type();
+  const auto got = pair.after.ranges.first.scalar_type();
+  TORCH_CHECK(got == wanted, "asymq::", op, ": the ", after, " range must have the dtype of the ",
+              before, " ", wanted, ", got ", got);
 }
 
 }  // namespace
 
-SoftmaxKinds check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
-                                     const SoftmaxQuantizer& of_scores,
-                                     const SoftmaxQuantizer& of_probabilities) {
+QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                      const QuantizerArguments& of_scores,
+                                      const QuantizerArguments& of_probabilities) {
   constexpr const char* op = "quantized_softmax";
   constexpr const char* prefix = "asymq::quantized_softmax: ";
   TORCH_CHECK(scores.dim() == 4, prefix,
@@ -256,18 +272,56 @@ SoftmaxKinds check_quantized_softmax(const at::Tensor& scores, const OptionalTen
     TORCH_CHECK(fits, prefix, "mask has shape ", sizes,
                 ", which does not broadcast against the scores' shape ", wanted);
   }
-  ListedRanges scores_ranges(op, traits_of(of_scores.parameterization), of_scores.ranges);
-  ListedRanges probabilities_ranges(op, traits_of(of_probabilities.parameterization),
-                                    of_probabilities.ranges);
-  TORCH_CHECK(probabilities_ranges.first.scalar_type() == scores_ranges.first.scalar_type(), prefix,
-              "the probabilities' range must have the dtype of the scores' ",
-              scores_ranges.first.scalar_type(), ", got ",
-              probabilities_ranges.first.scalar_type());
-  return {check_softmax_quantizer("asymq::quantized_softmax: scores' ", scores,
-                                  scores_ranges.tensors(), of_scores),
-          check_softmax_quantizer("asymq::quantized_softmax: probabilities' ", scores,
-                                  probabilities_ranges.tensors(), of_probabilities),
-          scores_ranges, probabilities_ranges};
+  QuantizerPair pair{
+      check_quantizer(op, "asymq::quantized_softmax: scores' ", "scores", scores, of_scores),
+      check_quantizer(op, "asymq::quantized_softmax: probabilities' ", "scores", scores,
+                      of_probabilities)};
+  check_same_dtype(op, "scores'", "probabilities'", pair);
+  return pair;
+}
+
+QuantizerPair check_quantized_gelu(const at::Tensor& x, const QuantizerArguments& of_input,
+                                   const QuantizerArguments& of_output) {
+  constexpr const char* op = "quantized_gelu";
+  TORCH_CHECK(is_compute_dtype(x.scalar_type()),
+              "asymq::quantized_gelu: x must be float32, float64, bfloat16 or float16, got ",
+              x.scalar_type());
+  QuantizerPair pair{check_quantizer(op, "asymq::quantized_gelu: input's ", "x", x, of_input),
+                     check_quantizer(op, "asymq::quantized_gelu: output's ", "x", x, of_output)};
+  check_same_dtype(op, "input's", "output's", pair);
+  return pair;
+}
+
+std::array<at::Tensor, 4> empty_gradients(const QuantizerPair& pair,
+                                          const std::array<bool, 5>& needs) {
+  std::array<at::Tensor, 4> gradients;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const at::Tensor& range = (i < 2 ? pair.before : pair.after).ranges.first;
+    if (needs[1 + i]) gradients[i] = at::empty_symint(range.sym_sizes(), range.options());
+  }
+  return gradients;
+}
+
+CheckedQuantizer check_quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
+                                               const QuantizerArguments& quantizer) {
+  constexpr const char* op = "quantized_cross_entropy";
+  constexpr const char* prefix = "asymq::quantized_cross_entropy: ";
+  TORCH_CHECK(logits.dim() == 2, prefix,
+              "logits must have 2 dimensions, [tokens, classes], got shape ", logits.sym_sizes());
+  TORCH_CHECK(is_compute_dtype(logits.scalar_type()), prefix,
+              "logits must be float32, float64, bfloat16 or float16, got ", logits.scalar_type());
+  TORCH_CHECK(logits.sym_size(1) >= 1, prefix, "logits must have at least one class, got shape ",
+              logits.sym_sizes());
+  TORCH_CHECK(logits.sym_size(1) <= std::numeric_limits<int>::max(), prefix,
+              "logits must have less than 2^31 classes, got ", logits.sym_size(1));
+  TORCH_CHECK(labels.scalar_type() == at::kLong, prefix, "labels must be int64, got ",
+              labels.scalar_type());
+  TORCH_CHECK(labels.dim() == 1 && labels.sym_size(0) == logits.sym_size(0), prefix,
+              "labels must have one element per row of the logits, shape [", logits.sym_size(0),
+              "], got ", labels.sym_sizes());
+  TORCH_CHECK(labels.device() == logits.device(), prefix, "labels must be on the logits' device ",
+              logits.device(), ", got ", labels.device());
+  return check_quantizer(op, prefix, "logits", logits, quantizer);
 }
 
 MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal)

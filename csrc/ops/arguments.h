@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -11,6 +12,7 @@
 
 #include "asymq/detail/layout.h"
 #include "asymq/detail/softmax.h"
+#include "asymq/fake_quantize.h"
 #include "asymq/parameterization.h"
 
 namespace asymq {
@@ -61,26 +63,48 @@ void check_grad(const at::Tensor& grad, const at::Tensor& x, int64_t parameteriz
 QuantizerKind check_quantize(const char* op, const at::Tensor& x, const at::Tensor& scale,
                              const OptionalTensor& offset, int64_t bits, double eps);
 
-/// One of the two quantizers of a quantized softmax, by the private operator's arguments.
-struct SoftmaxQuantizer {
+/// A quantizer with one range, by the private operators' arguments.
+struct QuantizerArguments {
   at::TensorList ranges;
   int64_t parameterization, bits;
   double eps;
 };
 
-/// A checked call of quantized_softmax.
-struct SoftmaxKinds {
-  QuantizerKind scores, probabilities;
-  ListedRanges scores_ranges, probabilities_ranges;
+/// What the private operators take for what users give to `op`.
+QuantizerArguments by_position(const char* op, const RangeArguments& range);
+
+/// Checked arguments of a quantizer.
+struct CheckedQuantizer {
+  QuantizerKind kind;
+  ListedRanges ranges;
+};
+
+/// A checked call with a quantizer before and one after another function.
+struct QuantizerPair {
+  CheckedQuantizer before, after;
 };
 
 /// Checks one call of quantized_softmax. Sizes may be symbolic.
-SoftmaxKinds check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
-                                     const SoftmaxQuantizer& of_scores,
-                                     const SoftmaxQuantizer& of_probabilities);
+QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                      const QuantizerArguments& of_scores,
+                                      const QuantizerArguments& of_probabilities);
 
-/// Checks that an upstream gradient fits the probabilities.
-void check_softmax_grad(const at::Tensor& grad, const at::Tensor& scores);
+/// Checks one call of quantized_gelu. Sizes may be symbolic.
+QuantizerPair check_quantized_gelu(const at::Tensor& x, const QuantizerArguments& of_input,
+                                   const QuantizerArguments& of_output);
+
+/// Checks one call of quantized_cross_entropy. Sizes may be symbolic; what the labels say is not
+/// looked at.
+CheckedQuantizer check_quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
+                                               const QuantizerArguments& quantizer);
+
+/// Tensors for the gradients of a pair's learned parameters, first and second of the one before,
+/// then of the one after; undefined where they are not wanted. needs: of the pair's operator.
+std::array<at::Tensor, 4> empty_gradients(const QuantizerPair& pair,
+                                          const std::array<bool, 5>& needs);
+
+/// Checks that an upstream gradient has the shape, dtype and device of the argument `name`.
+void check_grad(const char* op, const char* name, const at::Tensor& grad, const at::Tensor& x);
 
 /// The type that elements of this type compute in.
 inline at::ScalarType compute_dtype(at::ScalarType element) {

@@ -16,6 +16,13 @@
 namespace asymq {
 namespace {
 
+using ForwardOp = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                             const OptionalTensor&, const OptionalTensor&, int64_t, int64_t,
+                             double);
+using BackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, double, std::array<bool, 3>);
+
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -50,7 +57,7 @@ at::Tensor fake_quantize_op(const at::Tensor& x, const at::Tensor& first,
                             const OptionalTensor& second, const OptionalTensor& min,
                             const OptionalTensor& max, int64_t parameterization, int64_t bits,
                             double eps) {
-  static const auto op = find_op<decltype(fake_quantize_op)>("asymq::_fake_quantize");
+  static const auto op = find_op<ForwardOp>("asymq::_fake_quantize");
   return op.call(x, first, second, min, max, parameterization, bits, eps);
 }
 
@@ -58,8 +65,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_op(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& first,
     const OptionalTensor& second, const OptionalTensor& min, const OptionalTensor& max,
     int64_t parameterization, int64_t bits, double eps, std::array<bool, 3> needs) {
-  static const auto op =
-      find_op<decltype(fake_quantize_backward_op)>("asymq::_fake_quantize_backward");
+  static const auto op = find_op<BackwardOp>("asymq::_fake_quantize_backward");
   return op.call(grad, x, first, second, min, max, parameterization, bits, eps, needs);
 }
 

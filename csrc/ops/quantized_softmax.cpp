@@ -37,8 +37,8 @@ at::Tensor quantized_softmax_by_name(const at::Tensor& scores, const OptionalTen
 
 std::tuple<at::Tensor, at::Tensor> quantized_softmax_op(const at::Tensor& scores,
                                                         const OptionalTensor& mask, bool causal,
-                                                        const SoftmaxQuantizer& s,
-                                                        const SoftmaxQuantizer& p) {
+                                                        const QuantizerArguments& s,
+                                                        const QuantizerArguments& p) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("asymq::_quantized_softmax", "")
                              .typed<ForwardOp>();
@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_op(const at::Tensor& scores
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 quantized_softmax_backward_op(const at::Tensor& grad, const at::Tensor& scores,
                               const at::Tensor& statistics, const OptionalTensor& mask, bool causal,
-                              const SoftmaxQuantizer& s, const SoftmaxQuantizer& p,
+                              const QuantizerArguments& s, const QuantizerArguments& p,
                               std::array<bool, 5> needs) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("asymq::_quantized_softmax_backward", "")
@@ -61,13 +61,9 @@ quantized_softmax_backward_op(const at::Tensor& grad, const at::Tensor& scores,
 at::Tensor quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask, bool causal,
                              const RangeArguments& scores_range,
                              const RangeArguments& probabilities_range) {
-  const auto quantizer = [](const RangeArguments& range) {
-    const int64_t id = find_parameterization("quantized_softmax", range.parameterization,
-                                             range.symmetric, range.sigmoid);
-    return SoftmaxQuantizer{range.parameters, id, range.bits, range.eps};
-  };
-  return std::get<0>(quantized_softmax_op(scores, mask, causal, quantizer(scores_range),
-                                          quantizer(probabilities_range)));
+  constexpr const char* op = "quantized_softmax";
+  return std::get<0>(quantized_softmax_op(scores, mask, causal, by_position(op, scores_range),
+                                          by_position(op, probabilities_range)));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

@@ -3,7 +3,11 @@
 // The public fake-quantize functions decompose into one private operator, `_fake_quantize`, whose
 // `parameterization` is a position in Parameterizations (parameterization.h) and whose first and
 // second are the learned parameters. Of them, autograd, CPU, CUDA and Meta know only that one and
-// its backward. The same holds for quantized_softmax and `_quantized_softmax`.
+// its backward. The same holds for quantized_softmax, quantized_gelu and quantized_cross_entropy.
+//
+// *_ranges: the range tensors that a parameterization has, in the order first, second, min, max.
+// needs: which gradients to compute; the others come back undefined. After the tensor's come those
+// of first and second of each range.
 #include <torch/library.h>
 
 TORCH_LIBRARY(asymq, m) {
@@ -49,30 +53,54 @@ TORCH_LIBRARY(asymq, m) {
       "float scores_eps, str probabilities_parameterization, Tensor[] probabilities_parameters, "
       "int probabilities_bits, bool probabilities_symmetric, bool probabilities_sigmoid, "
       "float probabilities_eps) -> Tensor");
+  define(
+      "quantized_gelu(Tensor x, str input_parameterization, Tensor[] input_parameters, "
+      "int input_bits, bool input_symmetric, bool input_sigmoid, float input_eps, "
+      "str output_parameterization, Tensor[] output_parameters, int output_bits, "
+      "bool output_symmetric, bool output_sigmoid, float output_eps) -> Tensor");
+  define(
+      "quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, "
+      "str parameterization, Tensor[] parameters, int bits, bool symmetric, bool sigmoid, "
+      "float eps) -> Tensor");
 
   define(
       "_fake_quantize(Tensor x, Tensor first, Tensor? second, Tensor? min, Tensor? max, "
       "int parameterization, int bits, float eps) -> Tensor");
-  // needs: which of dL/dx, dL/dfirst and dL/dsecond to compute; the others come back undefined.
   define(
       "_fake_quantize_backward(Tensor grad, Tensor x, Tensor first, Tensor? second, Tensor? min, "
       "Tensor? max, int parameterization, int bits, float eps, bool[3] needs) -> "
       "(Tensor, Tensor, Tensor)");
-  // *_ranges: the range tensors that the parameterization has, in the order first, second, min,
-  // max. statistics: of each row the largest masked score and the sum of exponentials.
+  // statistics: of each row the largest masked score and the sum of exponentials.
   define(
       "_quantized_softmax(Tensor scores, Tensor? mask, bool causal, Tensor[] scores_ranges, "
       "int scores_parameterization, int scores_bits, float scores_eps, "
       "Tensor[] probabilities_ranges, int probabilities_parameterization, int probabilities_bits, "
       "float probabilities_eps) -> (Tensor probabilities, Tensor statistics)");
-  // needs: which of dL/dscores and the gradients of the learned parameters (first and second of the
-  // scores' range, then of the probabilities') to compute.
   define(
       "_quantized_softmax_backward(Tensor grad, Tensor scores, Tensor statistics, Tensor? mask, "
       "bool causal, Tensor[] scores_ranges, int scores_parameterization, int scores_bits, "
       "float scores_eps, Tensor[] probabilities_ranges, int probabilities_parameterization, "
       "int probabilities_bits, float probabilities_eps, bool[5] needs) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define(
+      "_quantized_gelu(Tensor x, Tensor[] input_ranges, int input_parameterization, "
+      "int input_bits, float input_eps, Tensor[] output_ranges, int output_parameterization, "
+      "int output_bits, float output_eps) -> Tensor");
+  define(
+      "_quantized_gelu_backward(Tensor grad, Tensor x, Tensor[] input_ranges, "
+      "int input_parameterization, int input_bits, float input_eps, Tensor[] output_ranges, "
+      "int output_parameterization, int output_bits, float output_eps, bool[5] needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // statistics: of each row the largest quantized logit and the logarithm of the sum of
+  // exponentials.
+  define(
+      "_quantized_cross_entropy(Tensor logits, Tensor labels, Tensor[] ranges, "
+      "int parameterization, int bits, float eps, int ignore_index) -> "
+      "(Tensor losses, Tensor statistics)");
+  define(
+      "_quantized_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, "
+      "Tensor statistics, Tensor[] ranges, int parameterization, int bits, float eps, "
+      "int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)");
   define(
       "_effective_scale_offset(Tensor first, Tensor? second, Tensor? min, Tensor? max, "
       "int parameterization, int bits, float eps) -> (Tensor, Tensor)");

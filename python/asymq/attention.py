@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from asymq import ops
-from asymq.quantizer import QUANTIZING, Quantizer
+from asymq.quantizer import is_fusible
 
 NAME = "asymq"
 
@@ -47,7 +47,7 @@ def quantized_attention(
         )
     queries, keys = scores.shape[-2:]
     causal = attention_mask is None and queries == keys and getattr(module, "is_causal", False)
-    fused = _is_fused(module.scores_quantizer) and _is_fused(module.probabilities_quantizer)
+    fused = is_fusible(module.scores_quantizer) and is_fusible(module.probabilities_quantizer)
     softmax = _fused_softmax if fused else _composed_softmax
     probabilities = softmax(module, scores, attention_mask, causal)
     if not fused or (dropout and module.training) or torch.compiler.is_compiling():
@@ -58,17 +58,6 @@ def quantized_attention(
     context = context.transpose(1, 2)
     context = module.context_quantizer(context.flatten(2)).view(context.shape)
     return context, probabilities
-
-
-def _is_fused(quantizer: nn.Module) -> bool:
-    """Whether the kernel does what this quantizer would do now."""
-    return (
-        isinstance(quantizer, Quantizer)
-        and quantizer.state == QUANTIZING
-        and not quantizer.spec.dynamic
-        and quantizer.range_shape.numel() == 1
-        and quantizer.functions is ops
-    )
 
 
 def _fused_softmax(

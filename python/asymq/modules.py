@@ -6,10 +6,12 @@ quantizers are the submodules `weight_quantizer` and `output_quantizer`, or None
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymq.quantizer import NormWeightQuantizer, QuantAct, WeightQuantizer
+from asymq import ops
+from asymq.quantizer import NormWeightQuantizer, QuantAct, Quantizer, WeightQuantizer, is_fusible
 from asymq.specs import PerChannel, QuantSpec
 
 # What a layer gets where nothing is said (the paper's section 4).
@@ -27,7 +29,7 @@ class _Borrowed:
     """Hides a quantizer that another module registers from nn.Module: parameters and state_dict
     name it once."""
 
-    def __init__(self, quantizer: WeightQuantizer):
+    def __init__(self, quantizer: Quantizer | None):
         self.quantizer = quantizer
 
 
@@ -48,6 +50,7 @@ class QuantLayer(nn.Module):
         self._check(name or type(self).__name__, weight)
         self._float_class = float_class
         self._borrowed: _Borrowed | None = None
+        self._lent = False
         prefix = f"{name}." if name else ""
         self.weight_quantizer = self.output_quantizer = None
         if weight is not None:
@@ -91,7 +94,7 @@ class QuantLayer(nn.Module):
         _adopt(module, self)
         for key in ("weight_quantizer", "output_quantizer"):
             delattr(module, key)
-        del module._float_class, module._borrowed
+        del module._float_class, module._borrowed, module._lent
         return module
 
     def borrow_weight_quantizer(self, owner: QuantLayer) -> None:
@@ -99,12 +102,18 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = None
         self._borrowed = _Borrowed(owner.weight_quantizer)
 
+    def lend_output_quantizer(self) -> QuantAct | None:
+        """The quantizer of the output, which whoever asks applies from now on: this layer's output
+        is what comes before it."""
+        self._lent = True
+        return self.output_quantizer
+
     def quantized_weight(self) -> Tensor | None:
         quantizer = self.weight_quantizer if self._borrowed is None else self._borrowed.quantizer
         return self.weight if quantizer is None else quantizer(self.weight)
 
     def _output(self, y: Tensor) -> Tensor:
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+        return y if self.output_quantizer is None or self._lent else self.output_quantizer(y)
 
 
 class QuantLinear(QuantLayer):
@@ -265,6 +274,37 @@ class QuantOutput(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         return self.output_quantizer(self.module(*args, **kwargs))
+
+
+class QuantGelu(QuantOutput):
+    """nn.GELU(approximate="tanh") between the quantizer of its input, which the layer before lends,
+    and that of its output."""
+
+    def __init__(self, layer: QuantLayer, quantizer: QuantAct, original: nn.Module):
+        super().__init__(nn.GELU(approximate="tanh"), quantizer, original)
+        self._input = _Borrowed(layer.lend_output_quantizer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self._input.quantizer, self.output_quantizer
+        if is_fusible(before) and is_fusible(after):
+            return ops.quantized_gelu(x, before.range_arguments(), after.range_arguments())
+        return super().forward(x if before is None else before(x))
+
+
+class QuantLogits(QuantLinear):
+    """A QuantLinear whose output leads to what it was before its quantizer, while a graph does too:
+    `unquantized(logits)`."""
+
+    def _output(self, y: Tensor) -> Tensor:
+        logits = super()._output(y)
+        if logits is not y and logits.requires_grad and not torch.compiler.is_compiling():
+            logits._asymq_unquantized = (y, self.output_quantizer)
+        return logits
+
+
+def unquantized(logits: Tensor) -> tuple[Tensor, QuantAct] | None:
+    """What a QuantLogits returned before its quantizer, and that; None if it is unknown."""
+    return getattr(logits, "_asymq_unquantized", None)
 
 
 def is_conv1d(cls: type) -> bool:

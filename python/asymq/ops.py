@@ -33,6 +33,8 @@ _quantize = _ops.quantize.default
 _dequantize = _ops.dequantize.default
 _effective_scale_offset = _ops.effective_scale_offset.default
 _quantized_softmax = _ops.quantized_softmax.default
+_quantized_gelu = _ops.quantized_gelu.default
+_quantized_cross_entropy = _ops.quantized_cross_entropy.default
 
 
 def fake_quantize_scale_offset(
@@ -171,3 +173,30 @@ def quantized_softmax(
     quantizers; saves the scores and two numbers per row.
     """
     return _quantized_softmax(scores, mask, causal, *scores_range, *probabilities_range)
+
+
+def quantized_gelu(x: Tensor, input_range: RangeArguments, output_range: RangeArguments) -> Tensor:
+    """fake_quantize(gelu(fake_quantize(x))) in one kernel each way, with the tanh approximation of
+    GELU (torch's ``approximate="tanh"``, transformers' "gelu_new").
+
+    x: of any shape and strides. All arithmetic is in float32 (float64 for float64 x), rounded to
+    x's dtype once, at the end. Differentiable with respect to x and learned parameters,
+    straight-through at both quantizers; saves x alone.
+    """
+    return _quantized_gelu(x, *input_range, *output_range)
+
+
+def quantized_cross_entropy(
+    logits: Tensor, labels: Tensor, range: RangeArguments, *, ignore_index: int = -100
+) -> Tensor:
+    """The loss of every row, -log softmax(fake_quantize(logits))[label], in one kernel each way; 0
+    where the label is ``ignore_index``.
+
+    logits: [tokens, classes]. labels: [tokens], int64. Returns [tokens] in float32 (float64 for
+    float64 logits), which is also what all arithmetic is in. A label that is neither a class nor
+    ``ignore_index`` raises IndexError on the CPU; on CUDA its row's loss and gradients are NaN.
+
+    Differentiable with respect to logits and learned parameters; saves the logits and two numbers
+    per row.
+    """
+    return _quantized_cross_entropy(logits, labels, ignore_index, *range)

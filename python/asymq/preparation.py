@@ -13,6 +13,7 @@ from torch import nn
 
 from asymq.modules import (
     QuantEmbedding,
+    QuantGelu,
     QuantLayer,
     QuantLayerNorm,
     QuantLinear,
@@ -61,6 +62,7 @@ class _Prepared:
     added: dict[str, list[str]] = field(default_factory=dict)  # submodules by module name
     float_classes: dict[str, type] = field(default_factory=dict)
     attention: str | None = None
+    loss: bool = False
     shared: list[WeightQuantizer] = field(default_factory=list)
     hooks: list = field(default_factory=list)
 
@@ -104,9 +106,12 @@ class Preparation:
             return module.max_norm is None and not module.sparse
         return type(module) in (nn.Linear, nn.LayerNorm) or is_conv1d(type(module))
 
-    def wrap(self, name: str, cls: type[QuantLayer] | None = None, output: bool = True) -> None:
+    def wrap(
+        self, name: str, cls: type[QuantLayer] | None = None, output: bool = True
+    ) -> QuantLayer:
         """Quantizes the weight and, unless it is an embedding or `output` is False, the output of
-        the layer `name`, as the class `cls` (by default the one of its type)."""
+        the layer `name`, as the class `cls` (by default the one of its type). Returns what will
+        take its place."""
         module = self.model.get_submodule(name)
         weight_spec = output_spec = None
         owner = self._owners.get(id(module.weight))
@@ -130,6 +135,7 @@ class Preparation:
             self._prepared.shared.append(owner.weight_quantizer)
         self._quantizers += [q for q in (layer.weight_quantizer, layer.output_quantizer) if q]
         self._steps.append(lambda: self._replace(module, layer))
+        return layer
 
     def _replace(self, module: nn.Module, layer: QuantLayer) -> None:
         """Under all its names: one module may serve several times."""
@@ -141,11 +147,19 @@ class Preparation:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def follow(self, name: str, module: nn.Module, channels: int) -> None:
-        """Quantizes the output of the module `name`, as which `module` serves from now on."""
+    def follow(self, name: str, channels: int) -> None:
+        """Quantizes the output of the module `name`."""
         quantizer = self._activation(f"{name}.output_quantizer", channels)
         if quantizer is not None:
-            output = QuantOutput(module, quantizer, self.model.get_submodule(name))
+            output = QuantOutput(self.model.get_submodule(name), quantizer)
+            self._steps.append(lambda: self.model.set_submodule(name, output))
+
+    def follow_gelu(self, name: str, layer: QuantLayer) -> None:
+        """Quantizes the output of the module `name`, whose GELU (tanh) comes right after `layer`,
+        together with the output of that."""
+        quantizer = self._activation(f"{name}.output_quantizer", layer.output_channels)
+        if quantizer is not None:
+            output = QuantGelu(layer, quantizer, self.model.get_submodule(name))
             self._steps.append(lambda: self.model.set_submodule(name, output))
 
     def add(self, name: str, cls: type | None = None, **channels: int | None) -> None:
@@ -176,6 +190,17 @@ class Preparation:
 
             self._prepared.attention = self.model.config._attn_implementation
             self._steps.append(lambda: _run_attention(self.model, NAME))
+
+    def causal_lm_loss(self) -> None:
+        """Takes the loss of the logits before their quantizer, which a QuantLogits keeps; unless
+        the model's loss is another one than transformers'."""
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        from asymq.loss import causal_lm_loss
+
+        if self.model.loss_function is ForCausalLMLoss:
+            self._prepared.loss = True
+            self._steps.append(lambda: setattr(self.model, "loss_function", causal_lm_loss))
 
     def _spec(self, name: str, kind: str) -> QuantSpec | None:
         self._names.append(name)
@@ -294,6 +319,8 @@ def convert(model: nn.Module) -> nn.Module:
             module.__class__ = prepared.float_classes[name]
     for hook in prepared.hooks:
         hook.remove()
+    if prepared.loss:
+        del model._loss_function
     if prepared.attention is not None:
         model.set_attn_implementation(prepared.attention)
     del model._asymq

@@ -458,6 +458,17 @@ class NormWeightQuantizer(WeightQuantizer):
     kind = "norm_weight"
 
 
+def is_fusible(quantizer: nn.Module | None) -> bool:
+    """Whether a kernel that does more than quantize does what this quantizer would do now."""
+    return (
+        isinstance(quantizer, Quantizer)
+        and quantizer.state == QUANTIZING
+        and not quantizer.spec.dynamic
+        and quantizer.range_shape.numel() == 1
+        and quantizer.functions is ops
+    )
+
+
 def describe_range(quantizer: Quantizer) -> str:
     """The present range in a few characters: its ends, or the extreme ends of all its ranges."""
     if quantizer.spec.dynamic:

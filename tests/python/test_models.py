@@ -6,11 +6,13 @@ from inspect import signature
 import pytest
 import torch
 from compare import assert_bit_equal, assert_sums
+from operator_calls import OperatorCalls
 from recorder import Recorder, functions
 from tiny_models import (
     FAMILIES,
     SETTINGS,
     VOCABULARY,
+    compose,
     gpt2,
     logits,
     next_token_loss,
@@ -19,10 +21,11 @@ from tiny_models import (
     tokens,
     transformers,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import asymq
-import asymq.attention
 from asymq import QuantConfig, QuantSpec
+from asymq.modules import unquantized
 
 TABLE2 = QuantConfig.table2("beta_gamma")
 
@@ -244,8 +247,7 @@ def test_dropout_is_the_float_model_s(family, device):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_reference(family, setting, weights, device, monkeypatch):
-    # The reference's attention is composed; test_softmax.py compares that with the kernel.
-    monkeypatch.setattr(asymq.attention, "_is_fused", lambda quantizer: False)
+    compose(monkeypatch)  # as the reference is
     model = prepared(FAMILIES[family]().to(device), setting)
     batch = tokens().to(device)
     if weights == "frozen":
@@ -277,6 +279,79 @@ def test_equals_reference(family, setting, weights, device, monkeypatch):
             assert value is None and actual[name] is None, name
     # One call of each: the tied weight of wte and lm_head, too.
     assert len(recorder.calls) == len(list(asymq.named_quantizers(model)))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_equals_composed(family, padding, device, monkeypatch):
+    model = prepared(FAMILIES[family]().to(device), "min_max")
+    ids = tokens().to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def step():
+        model.zero_grad()
+        with OperatorCalls() as recorder:
+            out = model(input_ids=ids, attention_mask=mask if padding else None, labels=labels)
+            out.loss.backward()
+        names = [function.__name__.removesuffix(".default") for function, _ in recorder.calls]
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        return out.loss.detach(), out.logits.detach(), gradients, names
+
+    loss, result, gradients, used = step()
+    # Attention's backward computes the probabilities of both layers again.
+    counts = {"softmax": (4, 2), "gelu": 2 * (2 * (family == "gpt2"),), "cross_entropy": (1, 1)}
+    for name, (forwards, backwards) in counts.items():
+        assert used.count(f"_quantized_{name}") == forwards
+        assert used.count(f"_quantized_{name}_backward") == backwards
+    compose(monkeypatch)
+    expected_loss, expected_result, expected, used = step()
+    assert set(used) == {"_fake_quantize", "_fake_quantize_backward"}
+    assert_close(loss, expected_loss)
+    seen = mask.bool() if padding else slice(None)
+    assert_close(result[seen], expected_result[seen], 1e-4)
+    # Some gradients are zero but for rounding, such as the keys' bias: softmax ignores it.
+    noise = 1e-6 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        bound = 1e-3 * gradient.abs().max() + noise
+        assert ((gradients[name] - gradient).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 7}, {"shift_labels": True}])
+def test_the_loss_is_transformers_s(options, device):
+    """Of the logits that the model returns, whatever the loss is asked for."""
+    model = prepared(gpt2().to(device))
+    ids = tokens().to(device)
+    labels = ids.clone()
+    labels[0, 4:] = -100
+    if "shift_labels" in options:
+        options = {"shift_labels": labels}
+    out = model(ids, labels=labels, **options)
+    assert unquantized(out.logits) is not None
+    expected = ForCausalLMLoss(out.logits.detach(), labels, VOCABULARY, **options)
+    assert_close(out.loss, expected)
+    # What was done to the logits counts, too.
+    assert_close(
+        model.loss_function(2 * out.logits, labels, VOCABULARY, **options),
+        ForCausalLMLoss(2 * out.logits.detach(), labels, VOCABULARY, **options),
+    )
+
+
+def test_a_loss_of_the_user_stays(device):
+    model = gpt2().to(device)
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    prepared(model)
+    out = model(tokens().to(device), labels=tokens().to(device))
+    assert_close(out.loss, out.logits.sum())
+    asymq.convert(model)
+    assert_close(model.loss_function(out.logits, None, 1), out.logits.sum())
+
+
+def test_logits_without_a_graph_keep_nothing(device):
+    """Of evaluations whose logits are collected, nothing else may stay."""
+    model = prepared(gpt2().to(device))
+    assert unquantized(logits(model, tokens().to(device))) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,19 +5,30 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import fused
 import pytest
 import torch
 from compare import assert_bit_equal, assert_on_grid
-from operator_calls import OperatorCalls
+from fused import (
+    assert_compiles,
+    assert_no_second_derivative,
+    assert_range_gradient,
+    assert_repeatable,
+    assert_wanted_gradients_alone,
+    close,
+    fake_quantize,
+    flat,
+    moved,
+    opcheck_private,
+    quantizer,
+    scale_of,
+    wide,
+)
 from samples import PARAMETERIZATIONS
-from tiny_models import FAMILIES, prepared, tokens
 from torch import Tensor
 
-import asymq
-from asymq import attention
-from asymq.ops import RangeArguments, quantized_softmax
+from asymq.ops import quantized_softmax
 
-BITS = 8
 SCORES = (-6.0, 5.0)
 PROBABILITIES = (0.0, 0.75)  # narrower than what comes out, so that some is clipped
 MASKS = ("none", "causal", "bool", "added", "causal and bool")
@@ -57,27 +68,6 @@ CASES = [
 ]
 
 
-def arguments(name: str, low: float, high: float, dtype, device, bits=BITS) -> RangeArguments:
-    """A quantizer whose range is low to high, its learned parameters leaves."""
-    row = PARAMETERIZATIONS[name]
-    symmetric = name.startswith("symmetric")
-    ends = (torch.full((1,), end, dtype=dtype, device=device) for end in (low, high))
-    tensors = [t.clone() for t in row.from_range(*ends, 2**bits - 1)]
-    for tensor in tensors[: len(row.learned)]:
-        tensor.requires_grad_()
-    family = {"scale": "scale_offset", "max": "min_max", "gamma": "beta_gamma"}
-    function = row.function.removeprefix("symmetric_")
-    parameterization = family[function] if symmetric else function
-    return RangeArguments(parameterization, tuple(tensors), bits, symmetric, row.sigmoid)
-
-
-def fake_quantize(x: Tensor, name: str, range_: RangeArguments) -> Tensor:
-    row = PARAMETERIZATIONS[name]
-    options = {"sigmoid": True} if row.sigmoid else {}
-    function = getattr(asymq, f"fake_quantize_{row.function}")
-    return function(x, *range_.parameters, bits=range_.bits, **options)
-
-
 def make_mask(case: Case, device) -> Tensor | None:
     batch, _, queries, keys = case.shape
     if case.mask == "added":
@@ -103,8 +93,8 @@ def inputs(case: Case, device):
         scores = torch.randn(case.shape, device=device)
     scores = (3 * scores).to(case.dtype).detach().requires_grad_()
     ranges = (
-        arguments(case.scores, *SCORES, case.range_dtype, device),
-        arguments(case.probabilities, *PROBABILITIES, case.range_dtype, device),
+        quantizer(case.scores, *SCORES, case.range_dtype, device),
+        quantizer(case.probabilities, *PROBABILITIES, case.range_dtype, device),
     )
     return scores, make_mask(case, device), ranges, "causal" in case.mask
 
@@ -134,15 +124,7 @@ def compose(case: Case, scores: Tensor, mask: Tensor | None, ranges, causal: boo
 
 def learned(case: Case, ranges) -> list[Tensor]:
     names = (case.scores, case.probabilities)
-    return [
-        tensor
-        for name, range_ in zip(names, ranges, strict=True)
-        for tensor in range_.parameters[: len(PARAMETERIZATIONS[name].learned)]
-    ]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return [t for n, r in zip(names, ranges, strict=True) for t in fused.learned(n, r)]
 
 
 def widened(mask: Tensor | None) -> Tensor | None:
@@ -161,7 +143,7 @@ def test_probabilities(case, device):
     assert actual.dtype == case.dtype and actual.is_contiguous()
     wide_scores = scores.detach().to(wide(case.dtype))
     expected, raw, _ = compose(case, wide_scores, widened(mask), ranges, causal)
-    scale, _ = scale_of(ranges[1])
+    scale = scale_of(ranges[1])
     if case.dtype in (torch.float32, torch.float64):
         quotient = raw.double() / scale.double()
         assert_on_grid(actual.detach(), expected.detach(), quotient, scale, ulps=2)
@@ -172,24 +154,6 @@ def test_probabilities(case, device):
         assert flips <= max(1, actual.numel() // 1000)
         assert (actual.float() - expected.float()).abs().max() <= 1.01 * scale.item()
     assert (actual[~seen_keys(scores, mask, causal)] == 0).all()
-
-
-def scale_of(range_: RangeArguments):
-    return asymq.effective_scale_offset(
-        range_.parameterization,
-        *range_.parameters,
-        bits=range_.bits,
-        symmetric=range_.symmetric,
-        sigmoid=range_.sigmoid,
-        eps=range_.eps,
-    )
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    actual, expected = actual.double(), expected.double()
-    bound = tolerance * expected.abs().max().clamp_min(1e-30)
-    assert ((actual - expected).abs() <= bound).all(), (actual - expected).abs().max() / bound
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -207,13 +171,11 @@ def test_gradients(case, device):
     )
     half = case.dtype in (torch.bfloat16, torch.float16)
     close(actual[0], expected[0], 1e-2 if half else 1e-5)
-    # Range gradients are sums whose terms cancel: their errors go with the terms.
     terms = [upstream.abs().sum(), grad.abs()[seen_keys(scores, mask, causal)].float().sum()]
     lengths = [len(PARAMETERIZATIONS[name].learned) for name in (case.scores, case.probabilities)]
     of_terms = [term for term, n in zip(terms, lengths, strict=True) for _ in range(n)]
     for a, e, total in zip(actual[1:], expected[1:], of_terms, strict=True):
-        assert a.dtype == e.dtype
-        assert (a - e).abs() <= 1e-5 * e.abs() + 1e-6 * total
+        assert_range_gradient(a, e, total)
 
 
 def test_statistics(device):
@@ -236,7 +198,7 @@ def test_statistics(device):
 def test_positive_lower_end_shows_no_future(device):
     scores = torch.randn(1, 1, 8, 8, device=device)
     ranges = [
-        arguments("min_max", low, high, torch.float32, device)
+        quantizer("min_max", low, high, torch.float32, device)
         for low, high in ((-4.0, 4.0), (0.05, 0.9))
     ]
     probabilities = quantized_softmax(scores, None, *ranges, causal=True)
@@ -250,7 +212,7 @@ def test_nan_is_hidden_by_the_mask_alone(device):
     scores[0, 0, 2, 1] = torch.nan
     scores.requires_grad_()
     ranges = [
-        arguments("min_max", low, high, torch.float32, device)
+        quantizer("min_max", low, high, torch.float32, device)
         for low, high in ((-4.0, 4.0), (0.0, 1.0))
     ]
     probabilities = quantized_softmax(scores, None, *ranges, causal=True)
@@ -282,39 +244,18 @@ def test_wanted_gradients_alone(wanted, device):
     case = Case(mask="causal")
     scores, mask, ranges, causal = inputs(case, device)
     groups = ([scores], ranges[0].parameters, ranges[1].parameters[:2])
-    everything = [tensor for group in groups for tensor in group]
-    expected = torch.autograd.grad(
-        quantized_softmax(scores, mask, *ranges, causal=causal).square().sum(), everything
+    assert_wanted_gradients_alone(
+        lambda: quantized_softmax(scores, mask, *ranges, causal=causal), groups, wanted
     )
-    for group, wants in zip(groups, wanted, strict=True):
-        for tensor in group:
-            tensor.requires_grad_(wants)
-    out = quantized_softmax(scores, mask, *ranges, causal=causal)
-    assert out.requires_grad == any(wanted)
-    if any(wanted):
-        out.square().sum().backward()
-    for tensor, gradient in zip(everything, expected, strict=True):
-        assert (tensor.grad is None) != tensor.requires_grad
-        if tensor.requires_grad:
-            assert_bit_equal(tensor.grad, gradient)
 
 
 def test_repeatable(device):
     case = Case(shape=(2, 4, 64, 96), mask="causal")
     scores, mask, ranges, causal = inputs(case, device)
-    leaves = [scores, *learned(case, ranges)]
-
-    def step():
-        out = quantized_softmax(scores, mask, *ranges, causal=causal)
-        return out, *torch.autograd.grad(out.square().sum(), leaves)
-
-    first = step()
-    threads = torch.get_num_threads()
-    for count in (1, 3):
-        torch.set_num_threads(count)
-        for a, e in zip(step(), first, strict=True):
-            assert_bit_equal(a, e)
-    torch.set_num_threads(threads)
+    assert_repeatable(
+        lambda: quantized_softmax(scores, mask, *ranges, causal=causal),
+        [scores, *learned(case, ranges)],
+    )
 
 
 def test_expanded_gradient(device):
@@ -333,55 +274,31 @@ def test_expanded_gradient(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mask, dtype, device):
     scores, mask, ranges, causal = inputs(Case(mask=mask, dtype=dtype), device)
-    public = (scores, mask, causal, *_flat(ranges[0]), *_flat(ranges[1]))
+    public = (scores, mask, causal, *flat(ranges[0]), *flat(ranges[1]))
     torch.library.opcheck(torch.ops.asymq.quantized_softmax.default, public)
-    with OperatorCalls() as recorder:
-        quantized_softmax(scores, mask, *ranges, causal=causal).sum().backward()
-    assert [f.__name__ for f, _ in recorder.calls] == [
-        "_quantized_softmax.default",
-        "_quantized_softmax_backward.default",
-    ]
-    for function, arguments_ in recorder.calls:
-        detached = [
-            a.detach()
-            if torch.is_tensor(a)
-            else [t.detach() for t in a]
-            if isinstance(a, (list, tuple)) and a and torch.is_tensor(a[0])
-            else a
-            for a in arguments_
-        ]
-        torch.library.opcheck(function, tuple(detached))
-
-
-def _flat(range_: RangeArguments) -> tuple:
-    return (range_.parameterization, list(range_.parameters), *range_[2:])
+    opcheck_private(
+        lambda: quantized_softmax(scores, mask, *ranges, causal=causal),
+        ["_quantized_softmax.default", "_quantized_softmax_backward.default"],
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend, dynamic, device):
-    torch.compiler.reset()
     case = Case(mask="causal")
     scores, mask, ranges, causal = inputs(case, device)
-    leaves = [scores, *learned(case, ranges)]
-
-    def call(scores):
-        return quantized_softmax(scores, mask, *ranges, causal=causal).clone()
-
-    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
-    outs = [function(scores) for function in (compiled, call)]
-    assert_bit_equal(*outs)
-    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
-    for a, e in zip(*grads, strict=True):
-        assert_bit_equal(a, e)
+    assert_compiles(
+        lambda x: quantized_softmax(x, mask, *ranges, causal=causal).clone(),
+        [scores, *learned(case, ranges)],
+        backend,
+        dynamic,
+    )
 
 
 def test_second_derivative_raises(device):
     scores, mask, ranges, causal = inputs(Case(), device)
     out = quantized_softmax(scores, mask, *ranges, causal=causal)
-    (first,) = torch.autograd.grad(out.square().sum(), scores, create_graph=True)
-    with pytest.raises(RuntimeError, match="_quantized_softmax_backward"):
-        first.sum().backward()
+    assert_no_second_derivative(out, scores, "_quantized_softmax_backward")
 
 
 def bad_calls(device):
@@ -442,7 +359,8 @@ def bad_calls(device):
         r._replace(parameters=tuple(t.detach().double() for t in r.parameters)) for r in (s, p)
     ]
     yield "scores' min_max: min must be float32, got Double", (scores, None, *wide_ranges)
-    yield "must have the dtype of the scores' Double, got Float", (scores, None, wide_ranges[0], p)
+    mixed = (scores.double(), None, wide_ranges[0], p)
+    yield "must have the dtype of the scores' Double, got Float", mixed
     constant = (*p.parameters[:3], one.clone().requires_grad_())
     yield (
         "beta_gamma: max must not require grad",
@@ -472,14 +390,7 @@ def test_cuda_agrees_with_cpu(mask):
         out = quantized_softmax(scores, mask, *ranges, causal=causal)
         return out, *torch.autograd.grad(out.square().sum(), [scores, *learned(case, ranges)])
 
-    on_gpu = [
-        r._replace(
-            parameters=tuple(
-                t.detach().cuda().requires_grad_(t.requires_grad) for t in r.parameters
-            )
-        )
-        for r in ranges
-    ]
+    on_gpu = [moved(r, "cuda") for r in ranges]
     gpu = step(
         scores.detach().cuda().requires_grad_(), None if mask is None else mask.cuda(), on_gpu
     )
@@ -488,34 +399,3 @@ def test_cuda_agrees_with_cpu(mask):
     assert flips <= cpu[0].numel() // 1000
     for a, e in zip(gpu[1:], cpu[1:], strict=True):
         close(a.cpu(), e, 1e-4)
-
-
-@pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_with_and_without_fusion(family, padding, device, monkeypatch):
-    model = prepared(FAMILIES[family]().to(device), "min_max")
-    ids = tokens().to(device)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-
-    def step():
-        model.zero_grad()
-        out = model(input_ids=ids, attention_mask=mask if padding else None, labels=ids)
-        out.loss.backward()
-        return out.logits.detach(), {n: p.grad for n, p in model.named_parameters()}
-
-    used = []
-    kernel = attention._fused_softmax
-    monkeypatch.setattr(attention, "_fused_softmax", lambda *a: used.append(1) or kernel(*a))
-    logits, gradients = step()
-    assert len(used) == 4  # forward and backward of both layers
-    monkeypatch.setattr(attention, "_is_fused", lambda quantizer: False)
-    expected_logits, expected = step()
-    seen = mask.bool() if padding else slice(None)
-    close(logits[seen], expected_logits[seen], 1e-4)
-    # Some gradients are zero but for rounding, such as the keys' bias: softmax ignores it.
-    noise = 1e-6 * max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        bound = 1e-3 * gradient.abs().max() + noise
-        assert ((gradients[name] - gradient).abs() <= bound).all(), name
-    assert len(used) == 4

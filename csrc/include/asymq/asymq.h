@@ -2,4 +2,6 @@
 #pragma once
 
 #include "asymq/fake_quantize.h"
+#include "asymq/quantized_cross_entropy.h"
+#include "asymq/quantized_gelu.h"
 #include "asymq/quantized_softmax.h"

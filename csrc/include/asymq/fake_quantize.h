@@ -90,6 +90,18 @@ std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
                                             int64_t bits, bool symmetric = false,
                                             bool sigmoid = false);
 
+/// A quantizer with one range, as the functions take it that do more than quantize.
+/// parameterization, parameters and the rest are those of effective_scale_offset; every parameter
+/// has one element.
+struct RangeArguments {
+  std::string_view parameterization;
+  at::TensorList parameters;
+  int64_t bits;
+  bool symmetric = false;
+  bool sigmoid = false;
+  double eps = 1e-8;
+};
+
 }  // namespace asymq
 
 #pragma GCC visibility pop

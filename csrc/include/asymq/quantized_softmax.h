@@ -4,23 +4,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string_view>
+
+#include "asymq/fake_quantize.h"
 
 // The library hides what it does not declare here.
 #pragma GCC visibility push(default)
 
 namespace asymq {
-
-/// A quantizer with one range. parameterization, parameters and the rest are those of
-/// effective_scale_offset (fake_quantize.h); every parameter has one element.
-struct RangeArguments {
-  std::string_view parameterization;
-  at::TensorList parameters;
-  int64_t bits;
-  bool symmetric = false;
-  bool sigmoid = false;
-  double eps = 1e-8;
-};
 
 /// Quantized probabilities of attention: fake-quantizes the scores, masks them, takes the softmax
 /// over the keys, fake-quantizes it, and gives hidden keys the probability 0 (a range whose lower

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from inspect import signature
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
 
 # Unpickling a model imports this file alone, and the model runs this attention.
 import asymq.attention  # noqa: F401
+from asymq.modules import QuantLogits
 from asymq.preparation import Preparation
 
 MODEL = GPT2LMHeadModel
@@ -51,13 +52,14 @@ def plan(preparation: Preparation, model: GPT2LMHeadModel) -> None:
             preparation.add(name, QuantGPT2FirstBlock, input_quantizer=width, **sums)
         else:
             preparation.add(name, QuantGPT2Block, **sums)
-        for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_proj"):
             preparation.wrap(f"{name}.{layer}")
         preparation.attention(f"{name}.attn", width)
-        act = block.mlp.act
-        if isinstance(act, NewGELUActivation):
-            # The same function in one kernel instead of eight.
-            act = nn.GELU(approximate="tanh")
-        preparation.follow(f"{name}.mlp.act", act, block.mlp.c_fc.nf)
+        c_fc = preparation.wrap(f"{name}.mlp.c_fc")
+        if isinstance(block.mlp.act, NewGELUActivation):
+            preparation.follow_gelu(f"{name}.mlp.act", c_fc)
+        else:
+            preparation.follow(f"{name}.mlp.act", c_fc.output_channels)
     preparation.wrap("transformer.ln_f")
-    preparation.wrap("lm_head")
+    preparation.wrap("lm_head", QuantLogits)
+    preparation.causal_lm_loss()

@@ -12,7 +12,7 @@ from transformers.models.opt.modeling_opt import (
 
 # Unpickling a model imports this file alone, and the model runs this attention.
 import asymq.attention  # noqa: F401
-from asymq.modules import QuantEmbedding
+from asymq.modules import QuantEmbedding, QuantLogits
 from asymq.preparation import Preparation
 
 MODEL = OPTForCausalLM
@@ -76,8 +76,9 @@ def plan(preparation: Preparation, model: OPTForCausalLM) -> None:
         # A ReLU's output alone is quantized: what it clips needs no grid of its own.
         relu = isinstance(layer.activation_fn, nn.ReLU)
         preparation.wrap(f"{name}.fc1", output=not relu)
-        preparation.follow(f"{name}.activation_fn", layer.activation_fn, layer.fc1.out_features)
+        preparation.follow(f"{name}.activation_fn", layer.fc1.out_features)
         preparation.wrap(f"{name}.fc2")
     if decoder.final_layer_norm is not None:
         preparation.wrap("model.decoder.final_layer_norm")
-    preparation.wrap("lm_head")
+    preparation.wrap("lm_head", QuantLogits)
+    preparation.causal_lm_loss()

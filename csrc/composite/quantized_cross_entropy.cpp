@@ -1,0 +1,70 @@
+// The quantized cross-entropy of single operations, in the compute type: what every device runs
+// that has no kernel of its own for it, and what tracing looks at.
+#include "ops/quantized_cross_entropy.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "ops/fake_quantize.h"
+
+namespace asymq {
+namespace {
+
+/// The logits in the type that is computed in.
+at::Tensor widen(const at::Tensor& logits) {
+  return logits.to(compute_dtype(logits.scalar_type()));
+}
+
+void check_labels(const at::Tensor& labels, const at::Tensor& ignored, const at::Tensor& logits) {
+  if (!labels.device().is_cpu()) return;
+  const int64_t classes = logits.size(1);
+  const at::Tensor wrong = labels.lt(0).logical_or(labels.ge(classes)).logical_and(~ignored);
+  if (!wrong.any().item<bool>()) return;
+  TORCH_CHECK_INDEX(false, "asymq::quantized_cross_entropy: labels must be from 0 to ", classes - 1,
+                    " or ignore_index, got ", labels.masked_select(wrong)[0].item<int64_t>());
+}
+
+std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
+    const at::Tensor& logits, const at::Tensor& labels, at::TensorList ranges,
+    int64_t parameterization, int64_t bits, double eps, int64_t ignore_index) {
+  const QuantizerArguments quantizer{ranges, parameterization, bits, eps};
+  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
+  const at::Tensor ignored = labels.eq(ignore_index);
+  check_labels(labels, ignored, logits);
+  const at::Tensor quantized = fake_quantize_op(widen(logits), quantizer, checked.ranges);
+  const at::Tensor largest = quantized.amax(1, /*keepdim=*/true);
+  const at::Tensor shifted = quantized - largest;
+  const at::Tensor log_sum = shifted.exp().sum(1, /*keepdim=*/true).log();
+  const at::Tensor own = labels.masked_fill(ignored, 0).unsqueeze(1);
+  const at::Tensor losses = (log_sum - shifted.gather(1, own)).squeeze(1).masked_fill(ignored, 0);
+  return {losses, at::cat({largest, log_sum}, 1)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward_composite(
+    const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
+    const at::Tensor& statistics, at::TensorList ranges, int64_t parameterization, int64_t bits,
+    double eps, int64_t ignore_index, std::array<bool, 3> needs) {
+  const QuantizerArguments quantizer{ranges, parameterization, bits, eps};
+  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
+  check_grad("quantized_cross_entropy", "losses", grad, statistics.select(1, 0));
+  const at::Tensor ignored = labels.eq(ignore_index);
+  const at::Tensor wide = widen(logits);
+  const at::Tensor quantized = fake_quantize_op(wide, quantizer, checked.ranges);
+  at::Tensor dquantized =
+      (quantized - statistics.narrow(1, 0, 1) - statistics.narrow(1, 1, 1)).exp();
+  const at::Tensor own = labels.masked_fill(ignored, 0).unsqueeze(1);
+  dquantized.scatter_add_(1, own, -at::ones_like(own, dquantized.options()));
+  dquantized.mul_(grad.unsqueeze(1)).masked_fill_(ignored.unsqueeze(1), 0);
+  auto [dlogits, first, second] =
+      fake_quantize_backward_op(dquantized, wide, quantizer, checked.ranges, needs);
+  return {needs[0] ? dlogits.to(logits.scalar_type()) : dlogits, first, second};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(asymq, CompositeExplicitAutograd, m) {
+  m.impl("_quantized_cross_entropy", quantized_cross_entropy_composite);
+  m.impl("_quantized_cross_entropy_backward", quantized_cross_entropy_backward_composite);
+}
+
+}  // namespace asymq

@@ -1,0 +1,243 @@
+// Quantized cross-entropy, forward and backward: a block takes a row and reads it once.
+#include "kernels.h"
+#include "quantizer_pair.cuh"
+
+namespace asymq::cuda {
+namespace {
+
+constexpr int kLossThreads = 512;
+constexpr int kLossBlocks =
+    2;  // resident blocks per multiprocessor that registers are allotted for
+constexpr int kLossUnroll = 4;  // vectors in flight per thread
+
+/// Calls visit(offset, pieces) for this thread's share of a row, `pieces` vectors at a time, a
+/// compile-time constant, kLossThreads apart from `offset` on; and visit_one(offset) for elements
+/// that no 16-byte access reaches: rows start where they will.
+template <int kCount, class S, class Visit, class VisitOne>
+__device__ __forceinline__ void for_each_piece(const CrossEntropyOperands<S>& op, const S* row,
+                                               const Visit& visit, const VisitOne& visit_one) {
+  const int classes = op.classes;
+  const auto misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(S));
+  const int head = op.vectorized ? min((kCount - misaligned) % kCount, classes) : classes;
+  const int vectors = (classes - head) / kCount;
+  int vector = threadIdx.x;
+  for (; vector + (kLossUnroll - 1) * kLossThreads < vectors;
+       vector += kLossUnroll * kLossThreads) {
+    visit(head + vector * kCount, std::integral_constant<int, kLossUnroll>{});
+  }
+  for (; vector < vectors; vector += kLossThreads) {
+    visit(head + vector * kCount, std::integral_constant<int, 1>{});
+  }
+  for (int i = threadIdx.x; i < classes - vectors * kCount; i += kLossThreads) {
+    visit_one(i < head ? i : i + vectors * kCount);
+  }
+}
+
+/// Running largest value and sum of e^(value - largest).
+template <class T>
+struct SumOfExponentials {
+  T largest = -INFINITY;
+  T sum = 0;
+
+  template <int kCount>
+  __device__ __forceinline__ void add(const T (&values)[kCount]) {
+    T most = largest;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) most = detail::larger(most, values[i]);
+    rescale(most);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += exp(values[i] - most);
+  }
+
+  __device__ __forceinline__ void add(SumOfExponentials other) {
+    const T most = detail::larger(largest, other.largest);
+    rescale(most);
+    other.rescale(most);
+    sum += other.sum;
+  }
+
+ private:
+  __device__ __forceinline__ void rescale(T most) {
+    // The comparison spares most of the exponentials, and -inf - -inf.
+    if (most != largest) sum *= exp(largest - most);
+    largest = most;
+  }
+};
+
+/// Of the whole block's; thread 0 receives the result.
+template <class T>
+__device__ __forceinline__ SumOfExponentials<T> reduce_block(SumOfExponentials<T> state) {
+  __shared__ T largest[kLossThreads / kWarp], sum[kLossThreads / kWarp];
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    SumOfExponentials<T> other;
+    other.largest = __shfl_xor_sync(~0u, state.largest, step);
+    other.sum = __shfl_xor_sync(~0u, state.sum, step);
+    state.add(other);
+  }
+  if (threadIdx.x % kWarp == 0) {
+    largest[threadIdx.x / kWarp] = state.largest;
+    sum[threadIdx.x / kWarp] = state.sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kLossThreads / kWarp; ++warp) {
+      SumOfExponentials<T> other;
+      other.largest = largest[warp];
+      other.sum = sum[warp];
+      state.add(other);
+    }
+  }
+  return state;
+}
+
+template <class S, class P>
+__global__ void __launch_bounds__(kLossThreads, kLossBlocks)
+    cross_entropy_forward(CrossEntropyOperands<S> op, QuantizerPointers<P> quantizer,
+                          Compute<S>* __restrict__ losses, Compute<S>* __restrict__ statistics) {
+  using T = Compute<S>;
+  constexpr int kCount = kWidth<S, true>;
+  const int64_t index = blockIdx.x;
+  const S* const row = op.logits + index * op.classes;
+  const int64_t label = op.labels[index];
+  if (label == op.ignore_index) {
+    if (threadIdx.x == 0) losses[index] = statistics[2 * index] = statistics[2 * index + 1] = 0;
+    return;
+  }
+  const auto grid = make_block_grid<T>(quantizer.kind, quantizer.ranges, 0);
+  with_fast_division(grid, [&](const auto& fast) {
+    SumOfExponentials<T> state;
+    for_each_piece<kCount>(
+        op, row,
+        [&](int offset, auto pieces) {
+          constexpr int kPieces = decltype(pieces)::value;
+          Vector<S, kCount> raw[kPieces];
+          T values[kPieces * kCount];
+#pragma unroll
+          for (int u = 0; u < kPieces; ++u) {
+            raw[u] = load_vector<kCount>(row + offset + u * kLossThreads * kCount);
+          }
+#pragma unroll
+          for (int i = 0; i < kPieces * kCount; ++i) {
+            values[i] = fake_quantize_element(widen(raw[i / kCount].values[i % kCount]), fast);
+          }
+          state.add(values);
+        },
+        [&](int offset) {
+          const T values[1] = {fake_quantize_element(widen(row[offset]), fast)};
+          state.add(values);
+        });
+    state = reduce_block(state);
+    if (threadIdx.x != 0) return;
+    const T log_sum = log(state.sum);
+    statistics[2 * index] = state.largest;
+    statistics[2 * index + 1] = log_sum;
+    losses[index] = op.is_class(label)
+                        ? log_sum - (fake_quantize_element(widen(row[label]), fast) - state.largest)
+                        : T(NAN);
+  });
+}
+
+template <class S, class P>
+__global__ void __launch_bounds__(kLossThreads, kLossBlocks)
+    cross_entropy_backward(CrossEntropyOperands<S> op, QuantizerPointers<P> quantizer,
+                           const Compute<S>* __restrict__ grad,
+                           const Compute<S>* __restrict__ statistics, S* __restrict__ dlogits,
+                           RangeGradients<Compute<S>, P> gradients) {
+  allow_overlap();
+  using T = Compute<S>;
+  constexpr int kCount = kWidth<S, true>;
+  const int64_t index = blockIdx.x;
+  const S* const row = op.logits + index * op.classes;
+  S* const to = dlogits == nullptr ? nullptr : dlogits + index * op.classes;
+  const int64_t label = op.labels[index];
+  const bool ignored = label == op.ignore_index;
+  const T g = op.is_class(label) ? grad[index] : T(NAN);
+  const T largest = statistics[2 * index], log_sum = statistics[2 * index + 1];
+  Sums<double> sums{};
+  const auto grid = make_block_grid<T>(quantizer.kind, quantizer.ranges, 0);
+  with_fast_division(grid, [&](const auto& fast) {
+    // Of as many vectors as float sums may take.
+    Sums<T> partial{};
+    int added = 0;
+    const auto element = [&](S raw, int offset) {
+      const T x = widen(raw);
+      const T probability = exp(fake_quantize_element(x, fast) - largest - log_sum);
+      const T gradient = g * (probability - (offset == label ? T(1) : T(0)));
+      const auto term = fake_quantize_element_backward(ignored ? T(0) : gradient, x, fast);
+      add(partial, term);
+      return narrow<S>(term.x);
+    };
+    for_each_piece<kCount>(
+        op, row,
+        [&](int offset, auto pieces) {
+          constexpr int kPieces = decltype(pieces)::value;
+          Vector<S, kCount> values[kPieces];
+#pragma unroll
+          for (int u = 0; u < kPieces; ++u) {
+            values[u] = load_vector<kCount>(row + offset + u * kLossThreads * kCount);
+          }
+#pragma unroll
+          for (int u = 0; u < kPieces; ++u) {
+            const int first = offset + u * kLossThreads * kCount;
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+              values[u].values[i] = element(values[u].values[i], first + i);
+            }
+            if (to != nullptr) store_vector(to + first, values[u]);
+          }
+          added += kPieces;
+          if (added >= kVectorsPerSum) {
+            add(sums, partial);
+            partial = {};
+            added = 0;
+          }
+        },
+        [&](int offset) {
+          const S value = element(row[offset], offset);
+          if (to != nullptr) to[offset] = value;
+          add(sums, partial);
+          partial = {};
+        });
+    add(sums, partial);
+  });
+  store_block_sums<kLossThreads>(gradients, sums);
+}
+
+}  // namespace
+
+template <class S, class P>
+void launch_cross_entropy_forward(const CrossEntropyOperands<S>& operands,
+                                  const QuantizerPointers<P>& quantizer, Compute<S>* losses,
+                                  Compute<S>* statistics, cudaStream_t stream) {
+  cross_entropy_forward<<<static_cast<unsigned>(operands.rows), kLossThreads, 0, stream>>>(
+      operands, quantizer, losses, statistics);
+}
+
+template <class S, class P>
+void launch_cross_entropy_backward(const CrossEntropyOperands<S>& operands,
+                                   const QuantizerPointers<P>& quantizer, const Compute<S>* grad,
+                                   const Compute<S>* statistics, S* dlogits, double* workspace,
+                                   bool overlaps, cudaStream_t stream) {
+  const auto gradients = make_range_gradients<Compute<S>>(quantizer, workspace, operands.rows);
+  if (operands.rows > 0) {
+    cross_entropy_backward<<<static_cast<unsigned>(operands.rows), kLossThreads, 0, stream>>>(
+        operands, quantizer, grad, statistics, dlogits, gradients);
+  }
+  launch_finish(gradients, overlaps, stream);
+}
+
+#define ASYMQ_INSTANTIATE(S, P)                                                               \
+  template void launch_cross_entropy_forward(const CrossEntropyOperands<S>&,                  \
+                                             const QuantizerPointers<P>&, Compute<S>*,        \
+                                             Compute<S>*, cudaStream_t);                      \
+  template void launch_cross_entropy_backward(const CrossEntropyOperands<S>&,                 \
+                                              const QuantizerPointers<P>&, const Compute<S>*, \
+                                              const Compute<S>*, S*, double*, bool, cudaStream_t);
+ASYMQ_INSTANTIATE(float, float)
+ASYMQ_INSTANTIATE(__half, float)
+ASYMQ_INSTANTIATE(__nv_bfloat16, float)
+ASYMQ_INSTANTIATE(double, float)
+ASYMQ_INSTANTIATE(double, double)
+#undef ASYMQ_INSTANTIATE
+
+}  // namespace asymq::cuda
