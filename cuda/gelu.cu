@@ -5,28 +5,36 @@
 namespace asymq::cuda {
 namespace {
 
-// GELU(x) = x/2 · (1 + tanh(√(2/π) · (x + 0.044715·x³))), in the order of torch's own kernel.
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+
+/// GELU's tanh approximation, x/2 · (1 + tanh(u)) with u = √(2/π)·(x + 0.044715·x³), and its
+/// derivative. It is x·σ(2u), which costs one exponential and cancels nowhere.
 template <class T>
-struct GeluConstants {
-  static constexpr T kInner = T(0.79788456080286535588);  // √(2/π)
-  static constexpr T kCubic = T(0.044715);
+struct Gelu {
+  T value, slope;
+
+  __device__ __forceinline__ explicit Gelu(T x) {
+    constexpr T kLinear = T(2 * 0.79788456080286535588);  // 2·√(2/π)
+    constexpr T kCubic = T(0.044715) * kLinear;
+    const T squared = x * x;
+    const T sigmoid = reciprocal(T(1) + exp(-x * fma(kCubic, squared, kLinear)));
+    value = x * sigmoid;
+    slope = sigmoid + value * (T(1) - sigmoid) * fma(T(3) * kCubic, squared, kLinear);
+  }
 };
 
-template <class T>
-__device__ __forceinline__ T gelu(T x) {
-  using C = GeluConstants<T>;
-  const T inner = C::kInner * (x + C::kCubic * (x * x * x));
-  return T(0.5) * x * (T(1) + tanh(inner));
-}
-
-template <class T>
-__device__ __forceinline__ T gelu_gradient(T g, T x) {
-  using C = GeluConstants<T>;
-  const T squared = x * x;
-  const T t = tanh(C::kInner * (x + C::kCubic * (squared * x)));
-  const T left = T(0.5) * x, right = T(1) + t;
-  const T inner_slope = C::kInner * (T(1) + T(3) * C::kCubic * squared);
-  return g * (T(0.5) * right + left * (T(1) - t * t) * inner_slope);
+/// Calls visit(first vector, pieces) for this thread's part of a dense tensor: `pieces` vectors, a
+/// compile-time constant, kSpanThreads apart.
+template <class Visit>
+__device__ __forceinline__ void for_each_piece(const Plan& plan, int64_t vectors,
+                                               const Visit& visit) {
+  for_each_window<kSpanUnroll>(plan, blockIdx.x, vectors, [&](int64_t begin, int count) {
+    if (count == kSpanUnroll) return visit(begin, std::integral_constant<int, kSpanUnroll>{});
+    for (int u = 0; u < count; ++u) {
+      visit(begin + u * kSpanThreads, std::integral_constant<int, 1>{});
+    }
+  });
 }
 
 template <bool kVectorized, class S, class P>
@@ -38,18 +46,18 @@ __global__ void __launch_bounds__(kSpanThreads)
   const auto grids = make_block_grids<Compute<S>>(input, output);
   with_fast_divisions(grids, [&](const auto& before, const auto& after) {
     const auto element = [&](S value) {
-      return narrow<S>(
-          fake_quantize_element(gelu(fake_quantize_element(widen(value), before)), after));
+      const Gelu gelu(fake_quantize_element(widen(value), before));
+      return narrow<S>(fake_quantize_element(gelu.value, after));
     };
-    for_each_window<kSpanUnroll>(plan, blockIdx.x, vectors, [&](int64_t begin, int count) {
-      Vector<S, kCount> values[kSpanUnroll];
+    for_each_piece(plan, vectors, [&](int64_t begin, auto pieces) {
+      constexpr int kPieces = decltype(pieces)::value;
+      Vector<S, kCount> values[kPieces];
 #pragma unroll
-      for (int u = 0; u < kSpanUnroll; ++u) {
-        if (u < count) values[u] = load_vector<kCount>(x + (begin + u * kSpanThreads) * kCount);
+      for (int u = 0; u < kPieces; ++u) {
+        values[u] = load_vector<kCount>(x + (begin + u * kSpanThreads) * kCount);
       }
 #pragma unroll
-      for (int u = 0; u < kSpanUnroll; ++u) {
-        if (u >= count) break;
+      for (int u = 0; u < kPieces; ++u) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) values[u].values[i] = element(values[u].values[i]);
         store_vector(out + (begin + u * kSpanThreads) * kCount, values[u]);
@@ -73,11 +81,11 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   const auto grids = make_block_grids<T>(input, output);
   with_fast_divisions(grids, [&](const auto& before, const auto& after) {
     const auto element = [&](S g, S value, SumsPair<T>& partial) {
-      const T quantized = fake_quantize_element(widen(value), before);
-      const auto of_output = fake_quantize_element_backward(widen(g), gelu(quantized), after);
+      const Gelu gelu(fake_quantize_element(widen(value), before));
+      const auto of_output = fake_quantize_element_backward(widen(g), gelu.value, after);
       add(partial.after, of_output);
-      const auto of_input = fake_quantize_element_backward(gelu_gradient(of_output.x, quantized),
-                                                           widen(value), before);
+      const auto of_input =
+          fake_quantize_element_backward(of_output.x * gelu.slope, widen(value), before);
       add(partial.before, of_input);
       return narrow<S>(of_input.x);
     };
@@ -85,18 +93,17 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       add(sums.before, partial.before);
       add(sums.after, partial.after);
     };
-    for_each_window<kSpanUnroll>(plan, blockIdx.x, vectors, [&](int64_t begin, int count) {
-      Vector<S, kCount> grads[kSpanUnroll], values[kSpanUnroll];
+    for_each_piece(plan, vectors, [&](int64_t begin, auto pieces) {
+      constexpr int kPieces = decltype(pieces)::value;
+      Vector<S, kCount> grads[kPieces], values[kPieces];
 #pragma unroll
-      for (int u = 0; u < kSpanUnroll; ++u) {
-        if (u >= count) break;
+      for (int u = 0; u < kPieces; ++u) {
         grads[u] = load_vector<kCount>(grad + (begin + u * kSpanThreads) * kCount);
         values[u] = load_vector<kCount>(x + (begin + u * kSpanThreads) * kCount);
       }
       SumsPair<T> partial{};
 #pragma unroll
-      for (int u = 0; u < kSpanUnroll; ++u) {
-        if (u >= count) break;
+      for (int u = 0; u < kPieces; ++u) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           S& value = values[u].values[i];

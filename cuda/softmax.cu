@@ -1,5 +1,8 @@
 // Quantized softmax, forward and backward: one pass each. A warp takes a row, keeps what it can of
 // it in registers and computes the rest again; keys past a causal row's end are never read.
+//
+// What is not wanted of a hidden key is computed all the same and then not selected: a branch per
+// element would keep the elements of a vector from overlapping.
 #include "device.cuh"
 #include "kernels.h"
 #include "quantizer_pair.cuh"
@@ -25,11 +28,23 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-/// Division of many numbers by one sum, rounded as the division rounds.
-__device__ __forceinline__ ReciprocalGrid divider(float sum) {
-  return make_reciprocal(Grid<float>{sum, 0, 0});
-}
-__device__ __forceinline__ Grid<double> divider(double sum) { return {sum, 0, 0}; }
+/// Divides exponentials by their sum. In float an estimate is corrected once by its exact
+/// remainder: nearly always the rounding of a division, and always well within an exponential's own
+/// error.
+struct DivideBySum {
+  float sum, reciprocal;
+  __device__ explicit DivideBySum(float sum) : sum(sum), reciprocal(1.0f / sum) {}
+  __device__ __forceinline__ float operator()(float e) const {
+    const float estimate = e * reciprocal;
+    return fma(-fma(estimate, sum, -e), reciprocal, estimate);
+  }
+};
+struct DivideByDoubleSum {
+  double sum;
+  __device__ __forceinline__ double operator()(double e) const { return e / sum; }
+};
+__device__ __forceinline__ DivideBySum divider(float sum) { return DivideBySum(sum); }
+__device__ __forceinline__ DivideByDoubleSum divider(double sum) { return {sum}; }
 
 /// A lane's share of one row of scores: vectors lane, lane + 32, ... of kCount elements. kMasked:
 /// there may be a mask beside the causal one.
@@ -59,23 +74,47 @@ struct RowOfScores {
   __device__ int lane() const { return threadIdx.x % kWarp; }
   /// Vectors of which any key may be seen.
   __device__ int seen_vectors() const { return (mask.end + kCount - 1) / kCount; }
-  __device__ bool sees_vector(int vector) const {
-    return vector < seen_vectors() && mask.sees_any(vector * kCount, kCount);
+  /// Makes those of a vector's elements `value` that lie past the row's end.
+  template <class V>
+  __device__ __forceinline__ void fill_past_end(V (&values)[kCount], int vector, V value) const {
+    if ((vector + 1) * kCount <= mask.end) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (vector * kCount + i >= mask.end) values[i] = value;
+    }
   }
-  __device__ Vector<S, kCount> load(int vector) const {
+  /// A vector of a row of scores or gradients; 0 where no key of it is seen.
+  __device__ Vector<S, kCount> load(const S* from, int vector) const {
     Vector<S, kCount> values{};
-    if (sees_vector(vector)) values = load_vector<kCount>(scores + int64_t{vector} * kCount);
+    if (vector < seen_vectors() && mask.sees_any(vector * kCount, kCount)) {
+      values = load_vector<kCount>(from + int64_t{vector} * kCount);
+    }
     return values;
+  }
+  __device__ Vector<S, kCount> load(int vector) const { return load(scores, vector); }
+
+  /// Whether the exponential or probability is that of a hidden key: those before the row's end are
+  /// marked by -1, which no other has.
+  __device__ bool hidden(T e, int key) const { return kMasked ? e < T(0) : key >= mask.end; }
+  /// e^(score - largest).
+  __device__ static T exponential(T score, T largest) {
+    const T e = exp(score - largest);
+    return kMasked && score == kHidden ? T(-1) : e;
   }
 
   /// What the softmax takes: quantized and masked scores, kHidden where the key is not seen.
   __device__ void mask_scores(const Vector<S, kCount>& values, int vector, T (&to)[kCount]) const {
+    T quantized[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      quantized[i] = fake_quantize_element(widen(values.values[i]), grid);
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int key = vector * kCount + i;
-      to[i] = mask.sees(key) ? mask.apply(fake_quantize_element(widen(values.values[i]), grid), key)
-                             : kHidden;
+      to[i] = !kMasked ? quantized[i] : mask.sees(key) ? mask.apply(quantized[i], key) : kHidden;
     }
+    fill_past_end(to, vector, kHidden);
   }
 
   /// Calls visit(position, vector) for the vectors that are kept and may be seen, and
@@ -90,12 +129,6 @@ struct RowOfScores {
     for (int vector = kKept * kWarp + lane(); vector < seen; vector += kWarp) visit_rest(vector);
   }
 };
-
-/// e^(score - largest), or -1 for a hidden key: a mark that no exponential has.
-template <class T>
-__device__ __forceinline__ T exponential(T score, T largest) {
-  return score == T(-INFINITY) ? T(-1) : exp(score - largest);
-}
 
 /// Zeros from a vector of a row on, each of the warp's lanes some.
 template <int kCount, class S>
@@ -135,8 +168,8 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
   const auto add_exponentials = [&](T(&values)[kCount]) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      values[j] = exponential(values[j], largest);
-      sum += values[j] < T(0) ? T(0) : values[j];
+      values[j] = Row::exponential(values[j], largest);
+      sum += kMasked && values[j] < T(0) ? T(0) : values[j];
     }
   };
   row.for_each([&](int i, int) { add_exponentials(kept[i]); },
@@ -158,11 +191,11 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
     Vector<S, kCount> values;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const T probability = quotient(exponentials[j], by_sum);
-      values.values[j] = exponentials[j] < T(0)
-                             ? narrow<S>(T(0))
-                             : narrow<S>(fake_quantize_element(probability, probabilities_grid));
+      const T probability = by_sum(exponentials[j]);
+      const T quantized = fake_quantize_element(probability, probabilities_grid);
+      values.values[j] = narrow<S>(kMasked && exponentials[j] < T(0) ? T(0) : quantized);
     }
+    row.fill_past_end(values.values, vector, narrow<S>(T(0)));
     store_vector(out + int64_t{vector} * kCount, values);
   };
   row.for_each([&](int i, int vector) { store(vector, kept[i]); },
@@ -170,7 +203,7 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
                  T values[kCount];
                  row.mask_scores(row.load(vector), vector, values);
 #pragma unroll
-                 for (int j = 0; j < kCount; ++j) values[j] = exponential(values[j], largest);
+                 for (int j = 0; j < kCount; ++j) values[j] = Row::exponential(values[j], largest);
                  store(vector, values);
                });
   store_zeros<kCount>(out, row.seen_vectors(), keys);
@@ -196,21 +229,17 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
     row.mask_scores(raw, vector, probabilities);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const T e = exponential(probabilities[j], largest);
-      probabilities[j] = e < T(0) ? e : quotient(e, by_sum);
+      const T e = Row::exponential(probabilities[j], largest);
+      const bool hidden = row.hidden(e, vector * kCount + j);
+      const T probability = by_sum(e);
+      probabilities[j] = hidden ? e : probability;
       const auto term =
-          fake_quantize_element_backward(e < T(0) ? T(0) : widen(upstream.values[j]),
-                                         e < T(0) ? T(0) : probabilities[j], probabilities_grid);
+          fake_quantize_element_backward(hidden ? T(0) : widen(upstream.values[j]),
+                                         hidden ? T(0) : probability, probabilities_grid);
       gradients[j] = term.x;
       add(partial, term);
     }
   };
-  const auto load_grad = [&](int vector) {
-    Vector<S, kCount> values{};
-    if (row.sees_vector(vector)) values = load_vector<kCount>(grad + int64_t{vector} * kCount);
-    return values;
-  };
-
   Vector<S, kCount> raw[Row::kSlots], upstream[Row::kSlots];
   T probabilities[Row::kSlots][kCount], gradients[Row::kSlots][kCount];
   T dot = 0;
@@ -218,7 +247,7 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
   row.for_each(
       [&](int i, int vector) {
         raw[i] = row.load(vector);
-        upstream[i] = load_grad(vector);
+        upstream[i] = row.load(grad, vector);
       },
       [](int) {});
   row.for_each(
@@ -226,16 +255,16 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
         probabilities_of(raw[i], upstream[i], vector, probabilities[i], gradients[i], partial);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          dot += probabilities[i][j] < T(0) ? T(0) : gradients[i][j] * probabilities[i][j];
+          dot += gradients[i][j] * probabilities[i][j];
         }
       },
       [&](int vector) {
         T p[kCount], g[kCount];
         Sums<T> of_vector{};
-        probabilities_of(row.load(vector), load_grad(vector), vector, p, g, of_vector);
+        probabilities_of(row.load(vector), row.load(grad, vector), vector, p, g, of_vector);
         add(sums.after, of_vector);
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) dot += p[j] < T(0) ? T(0) : g[j] * p[j];
+        for (int j = 0; j < kCount; ++j) dot += g[j] * p[j];
       });
   add(sums.after, partial);
   dot = warp_sum(dot);
@@ -247,7 +276,7 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       // A hidden score, which may be NaN, adds to no sum.
-      const bool hidden = p[j] < T(0);
+      const bool hidden = row.hidden(p[j], vector * kCount + j);
       const auto term =
           fake_quantize_element_backward(hidden ? T(0) : detail::softmax_gradient(p[j], g[j], dot),
                                          hidden ? T(0) : widen(scores.values[j]), scores_grid);
@@ -267,7 +296,7 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
         const auto scores = row.load(vector);
         T p[kCount], g[kCount];
         Sums<T> ignored{}, of_vector{};
-        probabilities_of(scores, load_grad(vector), vector, p, g, ignored);
+        probabilities_of(scores, row.load(grad, vector), vector, p, g, ignored);
         finish_vector(scores, vector, p, g, of_vector);
         add(sums.before, of_vector);
       });

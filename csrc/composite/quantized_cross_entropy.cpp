@@ -15,13 +15,16 @@ at::Tensor widen(const at::Tensor& logits) {
   return logits.to(compute_dtype(logits.scalar_type()));
 }
 
-void check_labels(const at::Tensor& labels, const at::Tensor& ignored, const at::Tensor& logits) {
+void check_labels(const at::Tensor& labels, int64_t ignore_index, const at::Tensor& logits) {
   if (!labels.device().is_cpu()) return;
   const int64_t classes = logits.size(1);
-  const at::Tensor wrong = labels.lt(0).logical_or(labels.ge(classes)).logical_and(~ignored);
-  if (!wrong.any().item<bool>()) return;
-  TORCH_CHECK_INDEX(false, "asymq::quantized_cross_entropy: labels must be from 0 to ", classes - 1,
-                    " or ignore_index, got ", labels.masked_select(wrong)[0].item<int64_t>());
+  const at::Tensor dense = labels.contiguous();
+  const auto* label = dense.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < dense.numel(); ++i) {
+    TORCH_CHECK_INDEX(label[i] == ignore_index || (label[i] >= 0 && label[i] < classes),
+                      "asymq::quantized_cross_entropy: labels must be from 0 to ", classes - 1,
+                      " or ignore_index, got ", label[i]);
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
@@ -29,8 +32,8 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
     int64_t parameterization, int64_t bits, double eps, int64_t ignore_index) {
   const QuantizerArguments quantizer{ranges, parameterization, bits, eps};
   const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
+  check_labels(labels, ignore_index, logits);
   const at::Tensor ignored = labels.eq(ignore_index);
-  check_labels(labels, ignored, logits);
   const at::Tensor quantized = fake_quantize_op(widen(logits), quantizer, checked.ranges);
   const at::Tensor largest = quantized.amax(1, /*keepdim=*/true);
   const at::Tensor shifted = quantized - largest;

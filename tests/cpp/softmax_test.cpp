@@ -88,7 +88,8 @@ TEST_P(SoftmaxTest, Errors) {
   expect(scores, std::nullopt, {"min_max", ends, 17}, {"bits", "17"});
   expect(scores, std::nullopt, {"range", ends, 8}, {"parameterization", "range"});
   const Tensors doubles{min.to(at::kDouble), max.to(at::kDouble)};
-  expect(scores, std::nullopt, {"min_max", doubles, 8}, {"dtype", "Double", "Float"});
+  expect(scores.to(at::kDouble), std::nullopt, {"min_max", doubles, 8},
+         {"dtype", "Double", "Float"});
   const Tensors constants{beta, gamma, zero, one.clone().requires_grad_()};
   expect(scores, std::nullopt, {"beta_gamma", constants, 8}, {"beta_gamma", "max", "grad"});
   if (device().is_cpu()) return;

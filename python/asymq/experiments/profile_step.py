@@ -21,6 +21,8 @@ STEPS = 3
 # The part of a step that an operator belongs to: the first whose pattern its name has.
 PARTS = {
     "quantized softmax": "quantized_softmax",
+    "quantized GELU": "quantized_gelu",
+    "quantized cross-entropy": "quantized_cross_entropy",
     "fake-quantize": "asymq::|fake_quantize",
     "GEMMs": "mm$|linear|matmul|attention",
     "cross-entropy": "log_softmax|nll_loss",

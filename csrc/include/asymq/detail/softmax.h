@@ -68,10 +68,14 @@ struct AttentionMask {
   }
 };
 
-/// The larger of two numbers; a NaN is larger than any.
+/// The larger of a, a number, and b. A NaN b is passed over: it shows in the sum of exponentials.
 template <class T>
 ASYMQ_HOST_DEVICE T larger(T a, T b) {
-  return b > a || b != b ? b : a;
+#ifdef __CUDA_ARCH__
+  return fmax(a, b);
+#else
+  return b > a ? b : a;
+#endif
 }
 
 /// Gradient of a softmax's input (eq. p·(g - Σ g·p)) from that of its output.

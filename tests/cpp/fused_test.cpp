@@ -1,0 +1,102 @@
+// The quantized GELU and cross-entropy against the composition of our own functions, and their
+// arguments.
+#include "support.h"
+
+namespace asymq_test {
+namespace {
+
+using asymq::RangeArguments;
+
+class FusedTest : public DeviceTest {
+ protected:
+  void SetUp() override {
+    DeviceTest::SetUp();
+    x = (2 * at::randn({6, 41})).to(device()).requires_grad_();
+    min = end(-2.5f);
+    max = end(2.2f);
+    beta = end(1.0f);
+    gamma = end(0.75f);
+    low = end(-0.2f).detach();
+    high = end(2.0f).detach();
+  }
+  Tensor end(float value) const { return at::full({1}, value).to(device()).requires_grad_(); }
+
+  Tensor fused_gelu() const {
+    return asymq::quantized_gelu(x, {"min_max", {min, max}, 8},
+                                 {"beta_gamma", {beta, gamma, low, high}, 8});
+  }
+
+  Tensor x, min, max, beta, gamma, low, high;
+};
+ASYMQ_ON_EVERY_DEVICE(FusedTest);
+
+TEST_P(FusedTest, GeluEqualsTheComposition) {
+  const Tensor raw = at::gelu(asymq::fake_quantize_min_max(x, min, max, 8), "tanh");
+  const Tensor want = asymq::fake_quantize_beta_gamma(raw, beta, gamma, low, high, 8);
+  const Tensor got = fused_gelu();
+  // One step of the grid where a quotient lies on a tie.
+  EXPECT_LE((got - want).abs().max().item<float>(), 2.0f / 255);
+  EXPECT_LE(at::count_nonzero(got - want).item<int64_t>(), 1);
+  const Tensor grad = at::randn({6, 41}).to(device());
+  const Tensors leaves{x, min, max, beta, gamma};
+  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
+  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    EXPECT_TRUE(close(grads[i], expected[i], grad.abs().sum(), 1e-6)) << i;
+  }
+}
+
+TEST_P(FusedTest, CrossEntropyEqualsTheComposition) {
+  const Tensor labels = at::randint(41, {6}).to(at::kLong).to(device());
+  labels[2] = -100;
+  const Tensor want = at::cross_entropy_loss(asymq::fake_quantize_min_max(x, min, max, 8), labels,
+                                             {}, at::Reduction::None);
+  const Tensor got = asymq::quantized_cross_entropy(x, labels, {"min_max", {min, max}, 8});
+  EXPECT_TRUE(close(got, want, want.abs().max()));
+  EXPECT_EQ(got[2].item<float>(), 0);
+  const Tensor grad = at::randn({6}).to(device());
+  const Tensors leaves{x, min, max};
+  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
+  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    EXPECT_TRUE(close(grads[i], expected[i], grad.abs().sum(), 1e-6)) << i;
+  }
+}
+
+TEST_P(FusedTest, Errors) {
+  const Tensors ends{min, max}, wide{min.expand({2}), max.expand({2})}, few{min};
+  const Tensors constants{beta, gamma, low, high.clone().requires_grad_()};
+  const RangeArguments range{"min_max", ends, 8};
+  const auto gelu = [&](const Tensor& of, const RangeArguments& a, const RangeArguments& b,
+                        std::vector<std::string> parts) {
+    parts.push_back("asymq::quantized_gelu");
+    expect_error([&] { asymq::quantized_gelu(of, a, b); }, parts);
+  };
+  gelu(x.to(at::kLong), range, range, {"x", "float32", "Long"});
+  gelu(x, {"min_max", wide, 8}, range, {"input's", "min", "one element", "[2]"});
+  gelu(x, range, {"min_max", few, 8}, {"min_max", "max", "1"});
+  gelu(x, range, {"min_max", ends, 17}, {"output's", "bits", "17"});
+  gelu(x, range, {"beta_gamma", constants, 8}, {"beta_gamma", "max", "grad"});
+
+  const Tensor labels = at::zeros({6}, at::kLong).to(device());
+  const auto loss = [&](const Tensor& logits, const Tensor& labels, const RangeArguments& range,
+                        std::vector<std::string> parts) {
+    parts.push_back("asymq::quantized_cross_entropy");
+    expect_error([&] { asymq::quantized_cross_entropy(logits, labels, range); }, parts);
+  };
+  loss(x[0], labels, range, {"logits", "2 dimensions", "[41]"});
+  loss(x, labels.to(at::kInt), range, {"labels", "int64", "Int"});
+  loss(x, labels.slice(0, 1), range, {"labels", "[6]", "[5]"});
+  loss(x, labels, {"range", ends, 8}, {"parameterization", "range"});
+  loss(x, labels, {"beta_gamma", constants, 8}, {"beta_gamma", "max", "grad"});
+  if (device().is_cpu()) {
+    loss(x, labels + 41, range, {"labels", "0 to 40", "41"});
+  } else {
+    loss(x, labels.cpu(), range, {"labels", "cuda", "cpu"});
+    const Tensors elsewhere{min.cpu(), max.cpu()};
+    gelu(x, range, {"min_max", elsewhere, 8}, {"min", "cuda", "cpu"});
+  }
+}
+
+}  // namespace
+}  // namespace asymq_test
