@@ -1,7 +1,7 @@
 // Quantized softmax, forward and backward: one pass each. A warp takes a row, keeps what it can of
 // it in registers and computes the rest again; keys past a causal row's end are never read.
 //
-// What is not wanted of a hidden key is computed all the same and then not selected: a branch per
+// What a hidden key does not have is computed all the same and then not selected: a branch per
 // element would keep the elements of a vector from overlapping.
 #include "device.cuh"
 #include "kernels.h"
@@ -51,82 +51,86 @@ __device__ __forceinline__ DivideByDoubleSum divider(double sum) { return {sum};
 template <int kCount, bool kMasked, class S, class G>
 struct RowOfScores {
   using T = Compute<S>;
-  /// Vectors kept in registers. Rarer rows (masked or odd ones, ranges without a reciprocal) keep
-  /// none: their code would be most of the library.
-  static constexpr bool kKeeps = !kMasked && std::is_same_v<G, ReciprocalGrid>;
+  /// Vectors kept in registers. Rarer rows (odd ones, ranges without a reciprocal) keep none: their
+  /// code would be most of the library.
+  static constexpr bool kKeeps = kCount > 1 && std::is_same_v<G, ReciprocalGrid>;
   static constexpr int kKept = kKeeps ? kKeptElements / kCount : 0;
   static constexpr int kSlots = kKeeps ? kKept : 1;
   static constexpr T kHidden = -INFINITY;
+  static constexpr unsigned kAll = (1u << kCount) - 1;
 
   const S* scores;
   MaskRow<T> mask;
   const G& grid;
+  unsigned kept_seen = 0;  ///< `seen` of the kept vectors, one after the other
 
   template <class P>
   __device__ RowOfScores(const SoftmaxOperands<S, P>& op, int64_t index, const G& grid)
       : scores(op.scores + index * op.shape.keys), mask(op.mask.row(op.shape, index)), grid(grid) {
-    if constexpr (!kMasked) {
-      mask.visible = nullptr;
-      mask.added = nullptr;
-    }
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) kept_seen |= seen(i * kWarp + lane()) << (i * kCount);
   }
 
   __device__ int lane() const { return threadIdx.x % kWarp; }
   /// Vectors of which any key may be seen.
   __device__ int seen_vectors() const { return (mask.end + kCount - 1) / kCount; }
-  /// Makes those of a vector's elements `value` that lie past the row's end.
-  template <class V>
-  __device__ __forceinline__ void fill_past_end(V (&values)[kCount], int vector, V value) const {
-    if ((vector + 1) * kCount <= mask.end) return;
+
+  /// Which keys of a vector are seen: bit i is that of element i.
+  __device__ unsigned seen(int vector) const {
+    const int before_end = mask.end - vector * kCount;
+    unsigned bits = before_end >= kCount ? kAll : before_end <= 0 ? 0 : (1u << before_end) - 1;
+    if constexpr (kMasked) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (vector * kCount + i >= mask.end) values[i] = value;
+      for (int i = 0; i < kCount; ++i) {
+        if ((bits >> i & 1) && !mask.sees(vector * kCount + i)) bits &= ~(1u << i);
+      }
     }
+    return bits;
   }
+
   /// A vector of a row of scores or gradients; 0 where no key of it is seen.
-  __device__ Vector<S, kCount> load(const S* from, int vector) const {
+  __device__ Vector<S, kCount> load(const S* from, int vector, unsigned seen) const {
     Vector<S, kCount> values{};
-    if (vector < seen_vectors() && mask.sees_any(vector * kCount, kCount)) {
-      values = load_vector<kCount>(from + int64_t{vector} * kCount);
-    }
+    if (seen != 0) values = load_vector<kCount>(from + int64_t{vector} * kCount);
     return values;
   }
-  __device__ Vector<S, kCount> load(int vector) const { return load(scores, vector); }
 
-  /// Whether the exponential or probability is that of a hidden key: those before the row's end are
-  /// marked by -1, which no other has.
-  __device__ bool hidden(T e, int key) const { return kMasked ? e < T(0) : key >= mask.end; }
-  /// e^(score - largest).
-  __device__ static T exponential(T score, T largest) {
-    const T e = exp(score - largest);
-    return kMasked && score == kHidden ? T(-1) : e;
+  /// Makes hidden elements `value`.
+  template <class V>
+  __device__ __forceinline__ static void hide(V (&values)[kCount], unsigned seen, V value) {
+    if (seen == kAll) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = seen >> i & 1 ? values[i] : value;
   }
 
   /// What the softmax takes: quantized and masked scores, kHidden where the key is not seen.
-  __device__ void mask_scores(const Vector<S, kCount>& values, int vector, T (&to)[kCount]) const {
-    T quantized[kCount];
+  __device__ void mask_scores(const Vector<S, kCount>& values, int vector, unsigned seen,
+                              T (&to)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      quantized[i] = fake_quantize_element(widen(values.values[i]), grid);
+      to[i] = fake_quantize_element(widen(values.values[i]), grid);
     }
+    if (kMasked && mask.added != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int key = vector * kCount + i;
-      to[i] = !kMasked ? quantized[i] : mask.sees(key) ? mask.apply(quantized[i], key) : kHidden;
+      for (int i = 0; i < kCount; ++i) {
+        if (seen >> i & 1) to[i] = mask.apply(to[i], vector * kCount + i);
+      }
     }
-    fill_past_end(to, vector, kHidden);
+    hide(to, seen, kHidden);
   }
 
-  /// Calls visit(position, vector) for the vectors that are kept and may be seen, and
-  /// visit_rest(vector) for those that are not kept. All lanes of a warp step together.
+  /// Calls visit(position, vector, seen) for the vectors that are kept and may be seen, and
+  /// visit_rest(vector, seen) for those that are not kept. All lanes of a warp step together.
   template <class Visit, class VisitRest>
   __device__ void for_each(const Visit& visit, const VisitRest& visit_rest) const {
-    const int seen = seen_vectors();
+    const int vectors = seen_vectors();
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (i * kWarp < seen) visit(i, i * kWarp + lane());
+      if (i * kWarp < vectors) visit(i, i * kWarp + lane(), kept_seen >> (i * kCount) & kAll);
     }
-    for (int vector = kKept * kWarp + lane(); vector < seen; vector += kWarp) visit_rest(vector);
+    for (int vector = kKept * kWarp + lane(); vector < vectors; vector += kWarp) {
+      visit_rest(vector, seen(vector));
+    }
   }
 };
 
@@ -149,33 +153,42 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
   Vector<S, kCount> raw[Row::kSlots];
   T kept[Row::kSlots][kCount];
   T largest = Row::kHidden;
-  row.for_each([&](int i, int vector) { raw[i] = row.load(vector); }, [](int) {});
   row.for_each(
-      [&](int i, int vector) {
-        row.mask_scores(raw[i], vector, kept[i]);
+      [&](int i, int vector, unsigned seen) { raw[i] = row.load(row.scores, vector, seen); },
+      [](int, unsigned) {});
+  const auto masked = [&](int vector, unsigned seen, T(&values)[kCount]) {
+    row.mask_scores(row.load(row.scores, vector, seen), vector, seen, values);
+  };
+  const auto find_largest = [&](const T(&values)[kCount]) {
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) largest = detail::larger(largest, kept[i][j]);
+    for (int j = 0; j < kCount; ++j) largest = detail::larger(largest, values[j]);
+  };
+  row.for_each(
+      [&](int i, int vector, unsigned seen) {
+        row.mask_scores(raw[i], vector, seen, kept[i]);
+        find_largest(kept[i]);
       },
-      [&](int vector) {
+      [&](int vector, unsigned seen) {
         T values[kCount];
-        row.mask_scores(row.load(vector), vector, values);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) largest = detail::larger(largest, values[j]);
+        masked(vector, seen, values);
+        find_largest(values);
       });
   largest = warp_max(largest);
 
   T sum = 0;
+  // Hidden keys add nothing. A row without any keeps its sum of 0.
+  const T subtracted = largest == Row::kHidden ? T(0) : largest;
   const auto add_exponentials = [&](T(&values)[kCount]) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      values[j] = Row::exponential(values[j], largest);
-      sum += kMasked && values[j] < T(0) ? T(0) : values[j];
+      values[j] = exp(values[j] - subtracted);
+      sum += values[j];
     }
   };
-  row.for_each([&](int i, int) { add_exponentials(kept[i]); },
-               [&](int vector) {
+  row.for_each([&](int i, int, unsigned) { add_exponentials(kept[i]); },
+               [&](int vector, unsigned seen) {
                  T values[kCount];
-                 row.mask_scores(row.load(vector), vector, values);
+                 masked(vector, seen, values);
                  add_exponentials(values);
                });
   sum = warp_sum(sum);
@@ -186,25 +199,24 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
 
   out += index * keys;
   const auto by_sum = divider(sum);
-  const auto store = [&](int vector, const T(&exponentials)[kCount]) {
+  const auto store = [&](int vector, unsigned seen, const T(&exponentials)[kCount]) {
     if (vector >= row.seen_vectors()) return;
     Vector<S, kCount> values;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const T probability = by_sum(exponentials[j]);
-      const T quantized = fake_quantize_element(probability, probabilities_grid);
-      values.values[j] = narrow<S>(kMasked && exponentials[j] < T(0) ? T(0) : quantized);
+      values.values[j] =
+          narrow<S>(fake_quantize_element(by_sum(exponentials[j]), probabilities_grid));
     }
-    row.fill_past_end(values.values, vector, narrow<S>(T(0)));
+    Row::hide(values.values, seen, narrow<S>(T(0)));
     store_vector(out + int64_t{vector} * kCount, values);
   };
-  row.for_each([&](int i, int vector) { store(vector, kept[i]); },
-               [&](int vector) {
+  row.for_each([&](int i, int vector, unsigned seen) { store(vector, seen, kept[i]); },
+               [&](int vector, unsigned seen) {
                  T values[kCount];
-                 row.mask_scores(row.load(vector), vector, values);
+                 masked(vector, seen, values);
 #pragma unroll
-                 for (int j = 0; j < kCount; ++j) values[j] = Row::exponential(values[j], largest);
-                 store(vector, values);
+                 for (int j = 0; j < kCount; ++j) values[j] = exp(values[j] - subtracted);
+                 store(vector, seen, values);
                });
   store_zeros<kCount>(out, row.seen_vectors(), keys);
 }
@@ -218,65 +230,67 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
   using Row = RowOfScores<kCount, kMasked, S, G>;
   const int64_t keys = op.shape.keys;
   const Row row(op, index, scores_grid);
+  // A row without any key has no largest score.
   const T largest = statistics[2 * index];
+  const T subtracted = largest == Row::kHidden ? T(0) : largest;
   const auto by_sum = divider(statistics[2 * index + 1]);
   grad += index * keys;
 
-  // Unquantized probabilities, -1 where hidden, and the gradients of them.
+  // Unquantized probabilities, and the gradients of them: 0 where hidden.
   const auto probabilities_of = [&](const Vector<S, kCount>& raw, const Vector<S, kCount>& upstream,
-                                    int vector, T(&probabilities)[kCount], T(&gradients)[kCount],
-                                    Sums<T>& partial) {
-    row.mask_scores(raw, vector, probabilities);
+                                    int vector, unsigned seen, T(&probabilities)[kCount],
+                                    T(&gradients)[kCount], Sums<T>& partial) {
+    row.mask_scores(raw, vector, seen, probabilities);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const T e = Row::exponential(probabilities[j], largest);
-      const bool hidden = row.hidden(e, vector * kCount + j);
-      const T probability = by_sum(e);
-      probabilities[j] = hidden ? e : probability;
-      const auto term =
-          fake_quantize_element_backward(hidden ? T(0) : widen(upstream.values[j]),
-                                         hidden ? T(0) : probability, probabilities_grid);
+      const T probability = by_sum(exp(probabilities[j] - subtracted));
+      const bool hidden = !(seen >> j & 1);
+      probabilities[j] = hidden ? T(0) : probability;
+      const auto term = fake_quantize_element_backward(hidden ? T(0) : widen(upstream.values[j]),
+                                                       probabilities[j], probabilities_grid);
       gradients[j] = term.x;
       add(partial, term);
     }
   };
+  T dot = 0;
+  const auto add_to_dot = [&](const T(&p)[kCount], const T(&g)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) dot += g[j] * p[j];
+  };
   Vector<S, kCount> raw[Row::kSlots], upstream[Row::kSlots];
   T probabilities[Row::kSlots][kCount], gradients[Row::kSlots][kCount];
-  T dot = 0;
   Sums<T> partial{};
   row.for_each(
-      [&](int i, int vector) {
-        raw[i] = row.load(vector);
-        upstream[i] = row.load(grad, vector);
+      [&](int i, int vector, unsigned seen) {
+        raw[i] = row.load(row.scores, vector, seen);
+        upstream[i] = row.load(grad, vector, seen);
       },
-      [](int) {});
+      [](int, unsigned) {});
   row.for_each(
-      [&](int i, int vector) {
-        probabilities_of(raw[i], upstream[i], vector, probabilities[i], gradients[i], partial);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          dot += gradients[i][j] * probabilities[i][j];
-        }
+      [&](int i, int vector, unsigned seen) {
+        probabilities_of(raw[i], upstream[i], vector, seen, probabilities[i], gradients[i],
+                         partial);
+        add_to_dot(probabilities[i], gradients[i]);
       },
-      [&](int vector) {
+      [&](int vector, unsigned seen) {
         T p[kCount], g[kCount];
         Sums<T> of_vector{};
-        probabilities_of(row.load(vector), row.load(grad, vector), vector, p, g, of_vector);
+        probabilities_of(row.load(row.scores, vector, seen), row.load(grad, vector, seen), vector,
+                         seen, p, g, of_vector);
         add(sums.after, of_vector);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) dot += g[j] * p[j];
+        add_to_dot(p, g);
       });
   add(sums.after, partial);
   dot = warp_sum(dot);
 
   partial = {};
-  const auto finish_vector = [&](const Vector<S, kCount>& scores, int vector, const T(&p)[kCount],
-                                 const T(&g)[kCount], Sums<T>& to) {
+  const auto finish_vector = [&](const Vector<S, kCount>& scores, int vector, unsigned seen,
+                                 const T(&p)[kCount], const T(&g)[kCount], Sums<T>& to) {
     Vector<S, kCount> values;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       // A hidden score, which may be NaN, adds to no sum.
-      const bool hidden = row.hidden(p[j], vector * kCount + j);
+      const bool hidden = !(seen >> j & 1);
       const auto term =
           fake_quantize_element_backward(hidden ? T(0) : detail::softmax_gradient(p[j], g[j], dot),
                                          hidden ? T(0) : widen(scores.values[j]), scores_grid);
@@ -288,16 +302,17 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
     }
   };
   row.for_each(
-      [&](int i, int vector) {
+      [&](int i, int vector, unsigned seen) {
         // Read again, from the cache: registers are scarcer.
-        finish_vector(row.load(vector), vector, probabilities[i], gradients[i], partial);
+        finish_vector(row.load(row.scores, vector, seen), vector, seen, probabilities[i],
+                      gradients[i], partial);
       },
-      [&](int vector) {
-        const auto scores = row.load(vector);
+      [&](int vector, unsigned seen) {
+        const auto scores = row.load(row.scores, vector, seen);
         T p[kCount], g[kCount];
         Sums<T> ignored{}, of_vector{};
-        probabilities_of(scores, row.load(grad, vector), vector, p, g, ignored);
-        finish_vector(scores, vector, p, g, of_vector);
+        probabilities_of(scores, row.load(grad, vector, seen), vector, seen, p, g, ignored);
+        finish_vector(scores, vector, seen, p, g, of_vector);
         add(sums.before, of_vector);
       });
   add(sums.before, partial);

@@ -30,15 +30,6 @@ struct MaskRow {
     return added == nullptr || !(added[key * stride] <= hides);
   }
 
-  /// Whether it sees any of `count` neighbouring keys.
-  ASYMQ_HOST_DEVICE bool sees_any(int key, int count) const {
-    if (visible == nullptr && added == nullptr) return key < end;
-    for (int i = 0; i < count; ++i) {
-      if (sees(key + i)) return true;
-    }
-    return false;
-  }
-
   /// What the softmax takes instead of the quantized score of a key that is seen.
   ASYMQ_HOST_DEVICE T apply(T quantized, int key) const {
     return added == nullptr ? quantized : quantized + added[key * stride];
