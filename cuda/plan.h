@@ -29,7 +29,7 @@ constexpr int kSpanUnroll = 2;
 constexpr int kRowBlocks = 5;
 constexpr int kSpanBlocks = 3;
 constexpr int kColumnBlocks = 2;
-constexpr int kSoftmaxForwardBlocks = 6;
+constexpr int kSoftmaxForwardBlocks = 5;
 constexpr int kSoftmaxBlocks = 3;
 
 /// Sums are gathered in float over at most this many vectors per thread before they become double.
