@@ -5,14 +5,19 @@ operator ``torch.ops.asymq.<name>`` with CPU and CUDA kernels; ``asymq.reference
 functions in plain PyTorch.
 """
 
-from asymq import _library
+import importlib
+
+from asymq import _library, _moved
 
 _library.load()
+_moved.install()
 
 from asymq._build import VERSION as __version__  # noqa: E402
 from asymq.calibration import calibrate  # noqa: E402
 from asymq.checkpoint import load, save  # noqa: E402
-from asymq.modules import QuantEmbedding, QuantLayerNorm, QuantLinear  # noqa: E402
+from asymq.config import QuantConfig  # noqa: E402
+from asymq.conversion import convert  # noqa: E402
+from asymq.layers import QuantEmbedding, QuantLayerNorm, QuantLinear  # noqa: E402
 from asymq.ops import (  # noqa: E402
     dequantize,
     effective_scale_offset,
@@ -25,20 +30,18 @@ from asymq.ops import (  # noqa: E402
     fake_quantize_symmetric_scale,
     quantize,
 )
-from asymq.preparation import convert, prepare  # noqa: E402
-from asymq.quantizer import (  # noqa: E402
+from asymq.preparation import prepare  # noqa: E402
+from asymq.quantizers import (  # noqa: E402
+    PerChannel,
+    PerGroup,
+    PerTensor,
     QuantAct,
+    QuantSpec,
     convert_parameterization,
     disable_quantizers,
     enable_quantizers,
     named_quantizers,
-)
-from asymq.specs import (  # noqa: E402
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    QuantConfig,
-    QuantSpec,
+    use_functions,
 )
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
@@ -46,6 +49,8 @@ from asymq.training import (  # noqa: E402
     capture_step,
     freeze_weights,
     range_parameters,
+    shard,
+    weight_parameters,
 )
 
 __all__ = [
@@ -54,6 +59,7 @@ __all__ = [
     "PerTensor",
     "QuantAct",
     "QuantConfig",
+    "QuantConv1D",
     "QuantEmbedding",
     "QuantLayerNorm",
     "QuantLinear",
@@ -81,6 +87,19 @@ __all__ = [
     "prepare",
     "quantize",
     "range_parameters",
+    "reference",
     "save",
+    "shard",
     "summary",
+    "use_functions",
+    "weight_parameters",
 ]
+
+
+def __getattr__(name: str):
+    """What is read when it is asked for: it costs time, or needs transformers."""
+    if name == "reference":
+        return importlib.import_module("asymq.reference")
+    if name == "QuantConv1D":
+        return importlib.import_module("asymq.layers.conv1d").QuantConv1D
+    raise AttributeError(f"module 'asymq' has no attribute {name!r}")

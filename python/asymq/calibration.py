@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asymq.modules import QuantLayer
-from asymq.quantizer import OFF, QUANTIZING, Quantizer, named_quantizers
-
-# No range is narrower than this, nor than k·eps, where the guard of the scale would hold it.
-LEAST_WIDTH = 1e-6
+from asymq.layers import QuantLayer
+from asymq.models.root import warn_of_unreached
+from asymq.quantizers import OFF, QUANTIZING, Quantizer, is_split, named_quantizers
+from asymq.wrappers import unwrap
 
 
 @torch.no_grad()
-def calibrate(
-    model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]], force_zero: bool = True
-) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True) -> None:
     """Sets every range, and with it the first values of its parameters, and turns quantizing on.
 
-    Activations get the smallest and largest value seen over `batches`, each an input tensor or a
-    dict passed as ``model(**batch)``, in evaluation mode with weights already quantized; zero is
-    forced into the range unless `force_zero` is False. Symmetric weights get the largest |w| of
-    each range, others their own minimum and maximum. LayerNorm weights stay in float meanwhile and
-    get their own minimum and maximum. A second calibration starts afresh. Quantizers of activations
-    that saw no data stay as they were, with a warning that names them.
+    batches: what the model is called with: an input tensor, a dict passed as ``model(**batch)``, or
+    a tuple or list of which the first is one of these, as a DataLoader of (x, y) gives them.
+
+    Activations get the smallest and largest value seen over `batches`, in evaluation mode with
+    weights already quantized; zero is forced into the range unless `force_zero` is False. Symmetric
+    weights get the largest |w| of each range, others their own minimum and maximum. Weights of
+    normalization layers stay in float meanwhile and get their own minimum and maximum. A second
+    calibration starts afresh.
+
+    Warns, with names, of quantizers that no batch reached, which stay as they were, and of those
+    whose data have no width (a weight of zeros, a constant output): they get a range all the same,
+    as wide as torch's own initialization of the weight, or from -1 to 1.
 
     ValueError, with every range and state as before: no quantizer, no batch, NaN or infinite values
-    (names the quantizer).
+    (names the quantizer). RuntimeError, likewise: ranges that are split among processes.
     """
+    model = unwrap(model)
     quantizers = list(named_quantizers(model))
     if not quantizers:
         raise ValueError("asymq.calibrate: the model has no quantizers; call asymq.prepare first")
-    with _undone_on_error(model, quantizers), _evaluating(model):
-        for layer in model.modules():
-            if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
-                _range_of_weight(layer.weight_quantizer, _whole(layer.weight), force_zero)
+    for _, quantizer in quantizers:
+        quantizer.need_whole()
+    without_width = []
+    with _undone_on_error(quantizers), _evaluating(model):
+        for quantizer, weight in _weights(model):
+            if not _set_range(quantizer, *quantizer.extrema(_whole(weight)), force_zero):
+                without_width.append(quantizer.label)
         for _, quantizer in quantizers:
+            quantizer.reached = False
             if quantizer.kind == "activation":
                 quantizer.start_observing()
             else:
@@ -47,21 +56,49 @@ def calibrate(
         _run(model, batches)
         unseen = []
         for name, quantizer in quantizers:
-            if quantizer.kind == "activation" and not _range_of_activation(quantizer, force_zero):
-                unseen.append(name)
+            if quantizer.kind == "activation":
+                observed = quantizer.take_observed()
+                if observed is None:
+                    unseen.append(name)
+                elif not _set_range(quantizer, *observed, force_zero):
+                    without_width.append(quantizer.label)
             quantizer.state = QUANTIZING
+    _warn(model, unseen, without_width)
+
+
+def _warn(model: nn.Module, unseen: list[str], without_width: list[str]) -> None:
+    if without_width:
+        warnings.warn(
+            f"asymq.calibrate: the data of {', '.join(without_width)} have no width (they are "
+            "zeros, or closer together than eps lets a grid be), and say nothing of the range that "
+            "training needs: each got a typical one. Calibrate again after some steps in float, "
+            "give a smaller eps, or leave them out (skip)",
+            stacklevel=3,
+        )
     if unseen:
         warnings.warn(
             f"asymq.calibrate: no data reached {', '.join(unseen)}; using them raises an error "
             "unless they were calibrated before",
-            stacklevel=2,
+            stacklevel=3,
         )
+    warn_of_unreached(model, "calibration", besides=unseen)
 
 
-def _run(model: nn.Module, batches: Iterable) -> None:
-    device = next(model.parameters()).device
+def _weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
+    """Every weight's quantizer, once, and a weight of it."""
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, QuantLayer) and module.weight_quantizer not in (None, *seen):
+            seen.add(module.weight_quantizer)
+            yield module.weight_quantizer, module.weight
+
+
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
+        if isinstance(batch, (tuple, list)) and batch:
+            batch = batch[0]
         if isinstance(batch, Tensor):
             model(batch.to(device))
         elif isinstance(batch, Mapping):
@@ -69,7 +106,8 @@ def _run(model: nn.Module, batches: Iterable) -> None:
         else:
             raise ValueError(
                 "asymq.calibrate: a batch must be a tensor or a dict of the model's arguments, got "
-                f"{type(batch).__name__}"
+                f"{type(batch).__name__}; a generator makes them of others: "
+                "(batch.inputs for batch in batches)"
             )
     if count == 0:
         raise ValueError("asymq.calibrate: needs at least one batch, got none")
@@ -77,69 +115,24 @@ def _run(model: nn.Module, batches: Iterable) -> None:
 
 def _whole(weight: Tensor) -> Tensor:
     """A weight that FSDP2 has split among processes is gathered."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return weight.full_tensor() if is_split(weight) else weight
 
 
-def _range_of_weight(quantizer: Quantizer, weight: Tensor, force_zero: bool) -> None:
-    if quantizer.spec.dynamic:
-        return
-    low, high = quantizer.extrema(weight)
-    _need_finite(quantizer, low, high, "the weight")
-    if quantizer.spec.symmetric:
-        high = _symmetric_end(quantizer, low, high)
-    else:
-        if quantizer.kind == "norm_weight":
-            # As in a fresh model, where all are 1: one value has no width, but a distance from 0.
-            zero = high - low < LEAST_WIDTH
-        else:
-            zero = torch.full_like(low, force_zero, dtype=torch.bool)
-        low, high = _widen(quantizer, *_include_zero(low, high, zero))
-    quantizer.set_range(low, high)
-
-
-def _range_of_activation(quantizer: Quantizer, force_zero: bool) -> bool:
-    """Whether there were data."""
-    observed = quantizer.take_observed()
-    if quantizer.spec.dynamic or observed is None:
-        return observed is not None
-    low, high = observed
-    _need_finite(quantizer, low, high, "an activation")
-    if quantizer.spec.symmetric:
-        high = _symmetric_end(quantizer, low, high)
-    else:
-        if force_zero:
-            low, high = _include_zero(low, high, torch.ones_like(low, dtype=torch.bool))
-        low, high = _widen(quantizer, low, high)
-    quantizer.set_range(low, high)
-    return True
-
-
-def _include_zero(low: Tensor, high: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.where(where, low.clamp(max=0), low), torch.where(where, high.clamp(min=0), high)
-
-
-def _widen(quantizer: Quantizer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    return low, torch.maximum(high, low + _least_width(quantizer))
-
-
-def _symmetric_end(quantizer: Quantizer, low: Tensor, high: Tensor) -> Tensor:
-    return torch.maximum(-low, high).clamp(min=max(LEAST_WIDTH, _least_width(quantizer) / 2))
-
-
-def _least_width(quantizer: Quantizer) -> float:
-    return max(LEAST_WIDTH, quantizer.spec.steps * quantizer.spec.eps)
-
-
-def _need_finite(quantizer: Quantizer, low: Tensor, high: Tensor, what: str) -> None:
+def _set_range(quantizer: Quantizer, low: Tensor, high: Tensor, force_zero: bool) -> bool:
+    """Whether the data say anything of the range."""
     if not bool((low.isfinite() & high.isfinite()).all()):
+        what = "an activation" if quantizer.kind == "activation" else "the weight"
         raise ValueError(
             f"asymq.calibrate: {quantizer.label}: {what} has NaN or infinite values: its "
             f"range would be [{low.min().item()}, {high.max().item()}]"
         )
+    # The weights of a trained norm lie around 1: zero would cost them most of their range.
+    force_zero = force_zero and quantizer.kind != "norm_weight"
+    return quantizer.set_range_of_data(low, high, force_zero)
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -150,18 +143,18 @@ def _evaluating(model: nn.Module):
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, quantizers: list[tuple[str, Quantizer]]):
+def _undone_on_error(quantizers: list[tuple[str, Quantizer]]) -> Iterator[None]:
     """Gives every quantizer back its ranges, calibrated state and state if the body raises."""
     before = [
-        ({k: v.clone() for k, v in q.range_tensors().items()}, q.calibrated, q.state)
+        ({k: v.clone() for k, v in q.range_tensors().items()}, q.calibrated, q.state, q.reached)
         for _, q in quantizers
     ]
     try:
         yield
     except BaseException:
-        for (_, quantizer), (tensors, calibrated, state) in zip(quantizers, before, strict=True):
+        for (_, quantizer), (tensors, *rest) in zip(quantizers, before, strict=True):
             for name, tensor in quantizer.range_tensors().items():
                 tensor.copy_(tensors[name])
             quantizer.take_observed()
-            quantizer.calibrated, quantizer.state = calibrated, state
+            quantizer.calibrated, quantizer.state, quantizer.reached = rest
         raise

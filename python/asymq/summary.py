@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from asymq.quantizer import Quantizer, describe_range, named_quantizers
-from asymq.specs import PerChannel, PerTensor
+from asymq.quantizers import Quantizer, named_quantizers
 
 _TITLES = ("name", "kind", "bits", "granularity", "parameterization", "range", "collapsed")
 
@@ -24,30 +23,21 @@ def summary(model: nn.Module) -> str:
 
 def _row(name: str, quantizer: Quantizer) -> tuple[str, ...]:
     spec = quantizer.spec
-    options = [option for option in ("sigmoid", "dynamic", "fix_min") if getattr(spec, option)]
+    symmetric = ["symmetric"] if spec.symmetric else []
     return (
         name,
         quantizer.kind,
         str(spec.bits),
-        _granularity(spec.granularity),
-        " ".join([*(["symmetric"] if spec.symmetric else []), spec.parameterization, *options]),
-        describe_range(quantizer),
+        str(spec.granularity),
+        " ".join([*symmetric, spec.parameterization, *spec.options]),
+        quantizer.describe_range(),
         _collapsed(quantizer),
     )
 
 
-def _granularity(granularity) -> str:
-    if isinstance(granularity, PerTensor):
-        return "per tensor"
-    axis = "" if granularity.axis is None else f", axis {granularity.axis}"
-    if isinstance(granularity, PerChannel):
-        return f"per channel{axis}"
-    return f"groups of {granularity.size}{axis}"
-
-
 def _collapsed(quantizer: Quantizer) -> str:
-    if quantizer.spec.dynamic or not quantizer.calibrated:
-        return "-"
     collapsed = quantizer.collapsed()
+    if collapsed is None:
+        return "-"
     count = int(collapsed.sum())
     return f"{count} of {collapsed.numel()}" if count else "no"

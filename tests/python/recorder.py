@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from compare import gather, spread
 from torch import Tensor
 
-from asymq import ops, reference
-from asymq.quantizer import Quantizer
+from asymq import reference
 
 
 class Recorder:
@@ -43,14 +40,3 @@ class Recorder:
             (term,) = torch.autograd.grad(function(x, *own, **options), own[places[0]], y.grad)
             total += gather(term.abs(), ranges[places[0]].shape).reshape(parameter.shape)
         return total
-
-
-@contextmanager
-def functions(module):
-    """Quantizers use `module`, such as a Recorder, instead of the operators."""
-    assert Quantizer.functions is ops
-    Quantizer.functions = module
-    try:
-        yield module
-    finally:
-        Quantizer.functions = ops

@@ -352,10 +352,10 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     asymq.save(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("asymq.checkpoint.save_model", full)
+    monkeypatch.setattr("asymq.checkpoint.save_file", full)
     train(model, 1, 1e-2)
     with pytest.raises(OSError, match="No space left"):
         asymq.save(model, tmp_path)

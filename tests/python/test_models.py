@@ -7,12 +7,11 @@ import pytest
 import torch
 from compare import assert_bit_equal, assert_sums
 from operator_calls import OperatorCalls
-from recorder import Recorder, functions
+from recorder import Recorder
 from tiny_models import (
     FAMILIES,
     SETTINGS,
     VOCABULARY,
-    compose,
     gpt2,
     logits,
     next_token_loss,
@@ -25,7 +24,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import asymq
 from asymq import QuantConfig, QuantSpec
-from asymq.modules import unquantized
+from asymq.layers.loss import unquantized
+from asymq.quantizers.functions import use_namespace
 
 TABLE2 = QuantConfig.table2("beta_gamma")
 
@@ -246,8 +246,7 @@ def test_dropout_is_the_float_model_s(family, device):
 @pytest.mark.parametrize("weights", ["frozen", "joint"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_reference(family, setting, weights, device, monkeypatch):
-    compose(monkeypatch)  # as the reference is
+def test_equals_reference(family, setting, weights, device):
     model = prepared(FAMILIES[family]().to(device), setting)
     batch = tokens().to(device)
     if weights == "frozen":
@@ -263,8 +262,9 @@ def test_equals_reference(family, setting, weights, device, monkeypatch):
         output.loss.backward()
         return output.logits, {name: p.grad for name, p in model.named_parameters()}
 
-    result, actual = run()
-    with functions(Recorder()) as recorder:
+    with asymq.use_functions("unfused"):  # as the reference is
+        result, actual = run()
+    with use_namespace(Recorder()) as recorder:
         expected_result, expected = run()
         ranges = {n: p for n, p in model.named_parameters() if "quantizer" in n}
         terms = {name: recorder.terms(p) for name, p in ranges.items()}
@@ -283,7 +283,7 @@ def test_equals_reference(family, setting, weights, device, monkeypatch):
 
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_equals_composed(family, padding, device, monkeypatch):
+def test_fused_equals_composed(family, padding, device):
     model = prepared(FAMILIES[family]().to(device), "min_max")
     ids = tokens().to(device)
     mask = torch.ones_like(ids)
@@ -305,8 +305,8 @@ def test_fused_equals_composed(family, padding, device, monkeypatch):
     for name, (forwards, backwards) in counts.items():
         assert used.count(f"_quantized_{name}") == forwards
         assert used.count(f"_quantized_{name}_backward") == backwards
-    compose(monkeypatch)
-    expected_loss, expected_result, expected, used = step()
+    with asymq.use_functions("unfused"):
+        expected_loss, expected_result, expected, used = step()
     assert set(used) == {"_fake_quantize", "_fake_quantize_backward"}
     assert_close(loss, expected_loss)
     seen = mask.bool() if padding else slice(None)
@@ -509,9 +509,9 @@ def test_tied_weights_share_a_quantizer(family, device):
     model = prepared(FAMILIES[family]().to(device))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert head.weight is embedding.weight
-    assert head.weight_quantizer is None
+    assert head.weight_quantizer is embedding.weight_quantizer
     batch = tokens().to(device)
-    with functions(Counter(embedding.weight)) as counter:
+    with use_namespace(Counter(embedding.weight)) as counter:
         for repeat in (1, 2):
             model(batch)
             assert counter.count == repeat  # once a forward, not once and for all
@@ -559,7 +559,6 @@ def test_nothing_is_stale(family, device):
 
     with pytest.raises(Exception, match=r"index|range|assert|position|size|exceed"):
         model(tokens(1, 4).to(device), position_ids=torch.zeros(1, 5, dtype=torch.long))
-    assert not quantizer.keep_result and quantizer._kept is None
     with torch.no_grad():
         quantizer.gamma.mul_(0.5)
     assert not torch.equal(logits(model, batch), before)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from compare import assert_bit_equal, assert_sums
-from recorder import Recorder, functions
+from recorder import Recorder
 from torch import nn
 
 import asymq
@@ -22,7 +22,8 @@ from asymq import (
     QuantSpec,
     reference,
 )
-from asymq.specs import PARAMETERIZATIONS
+from asymq.quantizers import PARAMETERIZATIONS
+from asymq.quantizers.functions import use_namespace
 
 Conv1D = pytest.importorskip("transformers", minversion="5.4").pytorch_utils.Conv1D
 
@@ -106,7 +107,7 @@ def test_equals_reference(name, train_weights, spec, device):
             parameter.mul_(0.6)
 
     y, dx, actual = gradients(module, x)
-    with functions(Recorder()) as recorder:
+    with use_namespace(Recorder()) as recorder:
         expected_y, expected_dx, expected = gradients(module, x)
         ranges = {id(p) for p in ranges_of(module)}
         terms = {n: recorder.terms(p) for n, p in module.named_parameters() if id(p) in ranges}
@@ -334,9 +335,9 @@ def test_float64_ranges(spec, device):
     low, high = quantizer.extrema(x)
     assert (low.item(), high.item()) == (-4 - 1e-12, 3 + 1e-12)
     quantized = quantizer(x)
-    expected = getattr(reference, spec.operator)(
+    expected = getattr(reference, spec.function)(
         x,
-        *(tensor.detach() for tensor in quantizer.ranges(x)),
+        *(tensor.detach() for tensor in quantizer.arguments(x)),
         bits=spec.bits,
         **({"sigmoid": True} if spec.sigmoid else {}),
     )

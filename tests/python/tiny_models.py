@@ -75,9 +75,3 @@ def train(model: nn.Module, steps: int, lr: float, batch: torch.Tensor | None = 
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-def compose(monkeypatch) -> None:
-    """Makes models run the single operations that fused kernels stand for."""
-    for module in ("attention", "loss", "modules"):
-        monkeypatch.setattr(f"asymq.{module}.is_fusible", lambda quantizer: False)

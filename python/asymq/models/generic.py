@@ -1,4 +1,5 @@
-"""Any model: its Linear, Conv1D, Embedding and LayerNorm layers get quantizers, the rest none."""
+"""Any model: the layers that are registered get quantizers, known families within it all theirs,
+the rest none."""
 
 from __future__ import annotations
 
@@ -7,31 +8,51 @@ from collections import Counter
 
 from torch import nn
 
-from asymq.preparation import Preparation
+from asymq.layers import QuantLayer, registry
+from asymq.models import family_of
+from asymq.models.sites import Plan, is_adapter
 
 
-def plan(preparation: Preparation, model: nn.Module) -> None:
+def plan(plan: Plan, model: nn.Module) -> None:
     left_alone: Counter[str] = Counter()
-    found = False
+    done: list[str] = []  # prefixes of what somebody else has planned
+    found = families = False
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            preparation.refuse_fast_path(module)
-        if name and preparation.can_wrap(module):
-            preparation.wrap(name)
+        if f"{name}.".startswith(tuple(done)):
+            continue
+        family = family_of(module) if name else None
+        base = registry.find(type(module))
+        if family is not None:
+            family.plan(plan.below(name), module)
+            done.append(f"{name}.")
+            families = True
+        elif name and is_adapter(module):
+            plan.layer(name)
+            done.append(f"{name}.")
+            found = True
+        elif base is not None and not issubclass(base, QuantLayer):
+            plan.becomes(name, base)
+        elif name and base is not None and not base.left_alone(module):
+            plan.layer(name)
             found = True
         elif any(True for _ in module.parameters(recurse=False)):
             left_alone[type(module).__name__] += 1
-    if not found:
+    if registry.find(type(model)) and not found:
         raise ValueError(
-            f"asymq.prepare: {type(model).__name__} has no Linear, Conv1D, Embedding or LayerNorm "
-            "layer to quantize"
+            f"asymq.prepare: {type(model).__name__} is a layer itself, and a model is what has "
+            f"layers: wrap it, as in nn.Sequential({type(model).__name__}(...))"
+        )
+    if not found and not families:
+        raise ValueError(
+            f"asymq.prepare: {type(model).__name__} has no {registry.names()} layer to quantize"
         )
     # Of transformers' models users expect more than the layers.
-    if left_alone or hasattr(getattr(model, "config", None), "model_type"):
+    of_transformers = hasattr(getattr(model, "config", None), "model_type") and not families
+    if left_alone or of_transformers:
         what = [f"{count} {name}" for name, count in sorted(left_alone.items())]
         warnings.warn(
             f"asymq.prepare: {type(model).__name__} is not a model whose every operation asymq "
-            "knows: what happens between its layers is not quantized, and left alone: "
-            + (", ".join(what) or "nothing else"),
+            "knows: what happens between its layers is not quantized"
+            + (f", and left alone: {', '.join(what)}" if what else ""),
             stacklevel=4,
         )

@@ -5,61 +5,82 @@ from __future__ import annotations
 from inspect import signature
 
 from torch import Tensor
-from transformers.activations import NewGELUActivation
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel
 
-# Unpickling a model imports this file alone, and the model runs this attention.
-import asymq.attention  # noqa: F401
-from asymq.modules import QuantLogits
-from asymq.preparation import Preparation
+from asymq.layers import Quantized, QuantLogits, fused
+from asymq.layers.activation import is_tanh_gelu
+from asymq.layers.attention import QuantAttention
+from asymq.layers.conv1d import QuantConv1D
+from asymq.models.root import QuantCausalLM
+from asymq.models.sites import Plan
+from asymq.quantizers import apply, is_unobserved
 
 MODEL = GPT2LMHeadModel
 
 
-class QuantGPT2Block(GPT2Block):
-    """A block that quantizes both residual sums."""
+class QuantGPT2Block(Quantized, GPT2Block):
+    """A block that quantizes both residual sums; the first one what it is given as well, the sum of
+    the embeddings."""
 
+    float_class = GPT2Block
+    sites = ("input_quantizer", "attention_sum_quantizer", "mlp_sum_quantizer")
     # transformers passes some arguments by position, and attention takes all by name.
     _names = tuple(signature(GPT2Block.forward).parameters)[2:]
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         kwargs.update(zip(self._names, args, strict=False))
-        for name in ("encoder_hidden_states", "encoder_attention_mask"):
-            kwargs.pop(name, None)
+        if kwargs.pop("encoder_hidden_states", None) is not None:
+            raise ValueError(
+                "asymq: a prepared GPT-2 has no cross attention: encoder_hidden_states must be None"
+            )
+        kwargs.pop("encoder_attention_mask", None)
+        hidden_states = apply(self.input_quantizer, hidden_states)
         attention, _ = self.attn(self.ln_1(hidden_states), **kwargs)
-        hidden_states = self.attention_sum_quantizer(hidden_states + attention)
-        return self.mlp_sum_quantizer(hidden_states + self.mlp(self.ln_2(hidden_states)))
+        hidden_states = apply(self.attention_sum_quantizer, hidden_states + attention)
+        mlp = self.mlp(self.ln_2(hidden_states))
+        return apply(self.mlp_sum_quantizer, hidden_states + mlp)
 
 
-class QuantGPT2FirstBlock(QuantGPT2Block):
-    """The first block quantizes what it is given as well: the sum of the embeddings."""
+class QuantGPT2MLP(Quantized, GPT2MLP):
+    """An MLP whose GELU goes through one kernel with the quantizers before and after it."""
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        return super().forward(self.input_quantizer(hidden_states), *args, **kwargs)
+    float_class = GPT2MLP
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        c_fc, act = self.c_fc, self.act
+        if fused.may_skip(c_fc, QuantConv1D) and is_tanh_gelu(act) and is_unobserved(act):
+            after = getattr(act, "output_quantizer", None)
+            hidden_states = fused.gelu(c_fc.product(hidden_states), c_fc.output_quantizer, after)
+        else:
+            hidden_states = act(c_fc(hidden_states))
+        return self.dropout(self.c_proj(hidden_states))
 
 
-def plan(preparation: Preparation, model: GPT2LMHeadModel) -> None:
+def plan(plan: Plan, model: GPT2LMHeadModel) -> None:
     config = model.config
-    preparation.refuse(config.add_cross_attention, "cross attention")
-    preparation.refuse(config.reorder_and_upcast_attn, "reorder_and_upcast_attn")
-    preparation.wrap("transformer.wte")
-    preparation.wrap("transformer.wpe")
+    plan.refuse(config.add_cross_attention, "cross attention")
+    plan.refuse(config.reorder_and_upcast_attn, "reorder_and_upcast_attn")
+    plan.layer("transformer.wte")
+    plan.layer("transformer.wpe")
     width = config.hidden_size
-    for i, block in enumerate(model.transformer.h):
+    for i in range(len(model.transformer.h)):
         name = f"transformer.h.{i}"
         sums = dict.fromkeys(("attention_sum_quantizer", "mlp_sum_quantizer"), width)
         if i == 0:
-            preparation.add(name, QuantGPT2FirstBlock, input_quantizer=width, **sums)
+            plan.sites(name, QuantGPT2Block, input_quantizer=width, **sums)
         else:
-            preparation.add(name, QuantGPT2Block, **sums)
-        for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_proj"):
-            preparation.wrap(f"{name}.{layer}")
-        preparation.attention(f"{name}.attn", width)
-        c_fc = preparation.wrap(f"{name}.mlp.c_fc")
-        if isinstance(block.mlp.act, NewGELUActivation):
-            preparation.follow_gelu(f"{name}.mlp.act", c_fc)
-        else:
-            preparation.follow(f"{name}.mlp.act", c_fc.output_channels)
-    preparation.wrap("transformer.ln_f")
-    preparation.wrap("lm_head", QuantLogits)
-    preparation.causal_lm_loss()
+            plan.sites(name, QuantGPT2Block, **sums)
+        for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            plan.layer(f"{name}.{layer}")
+        plan.sites(
+            f"{name}.attn",
+            QuantAttention,
+            scores_quantizer=None,
+            probabilities_quantizer=None,
+            context_quantizer=width,
+        )
+        plan.output(f"{name}.mlp.act", config.n_inner or 4 * width)
+        plan.becomes(f"{name}.mlp", QuantGPT2MLP)
+    plan.layer("transformer.ln_f")
+    plan.layer("lm_head", QuantLogits)
+    plan.becomes("", QuantCausalLM)

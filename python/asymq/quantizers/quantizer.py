@@ -1,9 +1,10 @@
-"""Quantizers as modules: a spec, its range tensors, and a state.
+"""A quantizer as a module: a spec, its range tensors, and a state.
 
-Range tensors bear the names of the operators' arguments. Learned ones are parameters, constant ones
-buffers; ``initial_<name>`` keeps the value that calibration (or a conversion) gave a learned one,
-which the step rules need. All are NaN until then, have their final shape from the start, and keep
-their dtype whatever the module is cast to.
+Words: *range tensors* bear the names of the operators' arguments; learned ones are parameters,
+constant ones buffers, and ``initial_<name>`` keeps the value that calibration (or a conversion)
+gave a learned one, which the step rules need. All are NaN until then, have their final shape
+(`range_shape`) from the start, and keep their dtype whatever the module is cast to. *Extrema* are
+the smallest and largest elements of a tensor, *bounds* the ends of the grid.
 """
 
 from __future__ import annotations
@@ -15,23 +16,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from asymq import ops
-from asymq.specs import PerChannel, PerGroup, PerTensor, QuantSpec
+from asymq.quantizers import functions
+from asymq.quantizers.spec import QuantSpec
 
-QUANTIZING, OBSERVING, OFF = "quantizing", "observing", "off"
-
-
-def _axis(owner: str, axis: int, dims: int) -> int:
-    if not -dims <= axis < dims:
-        raise ValueError(f"{owner}: axis must be in [-{dims}, {dims}), got {axis}")
-    return axis % dims
-
-
-def _groups(owner: str, size: int, group: int) -> int:
-    if size % group:
-        raise ValueError(f"{owner}: groups of {group} do not divide an axis of {size}")
-    return size // group
+QUANTIZING, OBSERVING, OFF = STATES = ("quantizing", "observing", "off")
 
 
 class Quantizer(nn.Module):
@@ -42,15 +33,16 @@ class Quantizer(nn.Module):
     """
 
     kind: str
-    # Where the functions come from: asymq.ops, or asymq.reference to compare with.
-    functions = ops
+    spec: QuantSpec
+    range_shape: torch.Size
+    calibrated: bool
 
     def __init__(
         self,
         spec: QuantSpec,
-        shape: tuple[int, ...],
+        shape: torch.Size,
         name: str = "",
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -58,15 +50,18 @@ class Quantizer(nn.Module):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{self.label}: ranges must be float32 or float64, got {dtype}")
         self.range_dtype = dtype
-        self.state = QUANTIZING
+        self._state = QUANTIZING
+        # Whether a forward has come here: what none does is calibrated and learned for nothing.
+        self.reached = False
         self._observed: tuple[Tensor, Tensor] | None = None
+        self._written_as: str | None = None
         self._create_ranges(spec, shape, device)
 
     # ---- ranges --------------------------------------------------------------------------------
 
-    def _create_ranges(self, spec: QuantSpec, shape: tuple[int, ...], device) -> None:
+    def _create_ranges(self, spec: QuantSpec, shape: torch.Size, device) -> None:
         self.spec = spec
-        self.range_shape = torch.Size(shape)
+        self.range_shape = shape
         self.calibrated = False
 
         def empty():
@@ -77,46 +72,105 @@ class Quantizer(nn.Module):
             self.register_buffer(f"initial_{name}", empty())
         for name in self.constants:
             self.register_buffer(name, empty())
-        if spec.dynamic:
-            # The range comes from the tensor: only its factors are known, and known at once.
+        if self.live:
+            # Only the factors are known, and known at once.
             one = torch.ones(shape, dtype=self.range_dtype, device=device)
             self.set_range(-one, one)
 
     @property
+    def live(self) -> bool:
+        """Whether the range comes from the tensor that is quantized."""
+        return self.spec.dynamic
+
+    @property
     def learned(self) -> tuple[str, ...]:
         """Names of the learned range tensors."""
-        return self.spec.learned[1:] if self.spec.fix_min else self.spec.learned
+        return self.spec.learnable[1:] if self.spec.fix_min else self.spec.learnable
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """Names of the constant range tensors; live ones of a dynamic range are not stored."""
-        fixed = self.spec.learned[:1] if self.spec.fix_min else ()
-        return fixed if self.spec.dynamic else fixed + self.spec.constants
+        """Names of the constant range tensors; live ends are not stored."""
+        fixed = self.spec.learnable[:1] if self.spec.fix_min else ()
+        return fixed if self.live else fixed + self.spec.constant
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self.spec.learnable[-1]).device
+
+    def range_tensors(self) -> dict[str, Tensor]:
+        """All range tensors by name: learned, constant and first values."""
+        tensors = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Makes [low, high] the range and its parameters' first values.
 
         low, high: of the ranges' shape. Where the range is symmetric, high alone counts.
+        RuntimeError: the ranges are split among processes.
         """
+        self.need_whole()
         spec = self.spec
         first = torch.ops.asymq.parameters_of_range(
             spec.parameterization, low, high, spec.bits, spec.symmetric, spec.sigmoid
         )
-        values = {"min": low, "max": high} | dict(zip(spec.learned, first, strict=True))
+        values = {"min": low, "max": high} | dict(zip(spec.learnable, first, strict=True))
         for name in (*self.learned, *self.constants):
             getattr(self, name).copy_(values[name])
         for name in self.learned:
             getattr(self, f"initial_{name}").copy_(values[name])
         self.calibrated = True
 
-    def ranges(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The operator's range arguments. Those of a dynamic range come from x."""
-        tensors = [getattr(self, name) for name in self.spec.learned]
-        if not self.spec.dynamic:
-            return (*tensors, *(getattr(self, name) for name in self.spec.constants))
+    @property
+    def typical_end(self) -> float:
+        """Of the range of data that say nothing of it."""
+        return 1.0
+
+    @torch.no_grad()
+    def set_range_of_data(self, low: Tensor, high: Tensor, force_zero: bool) -> bool:
+        """Makes what the extrema of data say the range, and returns whether they say anything.
+
+        Zero is put into an asymmetric range if force_zero, else where all data are one value. A
+        range without width, such as that of zeros, gets the widest of its tensor's, or where none
+        has a width, `typical_end` on either side of 0.
+        """
+        if self.live:
+            return True
+        widest = torch.maximum(low.abs(), high.abs()).amax().item()
+        low, high, without_width = torch.ops.asymq.range_of_extrema(
+            low,
+            high,
+            self.spec.bits,
+            self.spec.symmetric,
+            force_zero,
+            widest or self.typical_end,
+            self.spec.eps,
+        )
+        self.set_range(low, high)
+        return not bool(without_width.all())
+
+    def arguments(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The range tensors as the operator takes them. Those of a live range come from x."""
+        tensors = tuple(getattr(self, name) for name in self.spec.learnable)
+        if not self.live:
+            return tensors + tuple(getattr(self, name) for name in self.spec.constant)
+        assert x is not None
         low, high = self.extrema(x.detach())
         return (*tensors, *((torch.maximum(-low, high),) if self.spec.symmetric else (low, high)))
+
+    def range_arguments(self) -> ops.RangeArguments:
+        """A stored range as operators take it that do more than quantize. RuntimeError if
+        uncalibrated."""
+        self._begin()
+        spec = self.spec
+        return ops.RangeArguments(
+            spec.parameterization,
+            self.arguments(),
+            spec.bits,
+            spec.symmetric,
+            spec.sigmoid,
+            spec.eps,
+        )
 
     def shape_on(self, x: Tensor) -> torch.Size:
         """The ranges' shape when they are applied to x."""
@@ -127,7 +181,8 @@ class Quantizer(nn.Module):
         shows in both; without elements they are 0."""
         shape = self.shape_on(x)
         if x.numel() == 0:
-            ends = 2 * (x.new_zeros(self.range_shape),)
+            zeros = x.new_zeros(self.range_shape)
+            ends = zeros, zeros
         elif shape.numel() == 1:
             ends = torch.aminmax(x)
         else:
@@ -139,24 +194,11 @@ class Quantizer(nn.Module):
         low, high = (end.reshape(self.range_shape).to(self.range_dtype) for end in ends)
         return low, high
 
-    def range_arguments(self) -> ops.RangeArguments:
-        """A static range as operators take it. RuntimeError if uncalibrated."""
-        self._need_calibration()
-        spec = self.spec
-        return ops.RangeArguments(
-            spec.parameterization,
-            self.ranges(),
-            spec.bits,
-            spec.symmetric,
-            spec.sigmoid,
-            spec.eps,
-        )
-
     def scale_offset(self) -> tuple[Tensor, Tensor | None]:
-        """Effective scale s and offset z (None if symmetric) of a static range, of its shape."""
+        """Effective scale s and offset z (None if symmetric) of a stored range, of its shape."""
         return ops.effective_scale_offset(
             self.spec.parameterization,
-            *self.ranges(),
+            *self.arguments(),
             bits=self.spec.bits,
             symmetric=self.spec.symmetric,
             sigmoid=self.spec.sigmoid,
@@ -165,7 +207,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The ends of the grid of a static range, s·n and s·p, in float64."""
+        """The ends of the grid of a stored range, s·n and s·p, in float64."""
         scale, offset = self.scale_offset()
         k, scale = self.spec.steps, scale.double()
         if offset is None:
@@ -173,23 +215,41 @@ class Quantizer(nn.Module):
         n = offset.double().round()
         return scale * n, scale * (n + k)
 
-    def collapsed(self) -> Tensor:
-        """Where the raw scale is at or below eps, so that the guard holds it."""
+    def collapsed(self) -> Tensor | None:
+        """Where the raw scale is at or below eps, so that the guard holds it; None: there is no
+        range to look at."""
+        if self.live or not self.calibrated:
+            return None
         return self.scale_offset()[0] <= self.spec.eps
+
+    def describe_range(self) -> str:
+        """The present range in a few characters: its ends, or the extreme ends of all ranges."""
+        if self.live:
+            return "dynamic range"
+        if not self.calibrated:
+            return "uncalibrated"
+        low, high = self.bounds()
+        ends = f"[{low.min().item():.4g}, {high.max().item():.4g}]"
+        return ends if low.numel() == 1 else f"{low.numel()} ranges within {ends}"
+
+    def need_convertible(self, parameterization: str) -> QuantSpec:
+        """The spec under another parameterization. ValueError: a live range, a fixed minimum that
+        the parameterization does not know."""
+        if self.live:
+            raise ValueError(
+                f"{self.label} has a dynamic range: there are no values of its own to convert to "
+                f"{parameterization}"
+            )
+        return self.spec.with_parameterization(parameterization)
 
     @torch.no_grad()
     def convert(self, parameterization: str) -> None:
         """Learns the same range under another parameterization, with new parameters.
 
         Keeps rint(z) and, to a few ulp, s where the range contains 0; warns where it does not.
-        ValueError: dynamic ranges, a fixed minimum that the other parameterization does not know.
+        ValueError, before anything is changed: see `need_convertible`.
         """
-        spec = self.spec.with_parameterization(parameterization)
-        if self.spec.dynamic:
-            raise ValueError(
-                f"{self.label}: a dynamic range has no values of its own to convert to "
-                f"{parameterization}"
-            )
+        spec = self.need_convertible(parameterization)
         bounds = self.bounds() if self.calibrated else None
         device, learns = self.device, getattr(self, self.learned[-1]).requires_grad
         for name in (*self.learned, *self.constants, *(f"initial_{n}" for n in self.learned)):
@@ -216,40 +276,66 @@ class Quantizer(nn.Module):
             low, high = low / first, high / first
         self.set_range(low, high)
 
-    @property
-    def device(self) -> torch.device:
-        return getattr(self, self.spec.learned[-1]).device
-
     # ---- the module ----------------------------------------------------------------------------
 
     @property
     def label(self) -> str:
         return self.name or type(self).__name__
 
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @state.setter
+    def state(self, value: str) -> None:
+        if value not in STATES:
+            raise ValueError(
+                f"{self.label}: state must be one of {', '.join(STATES)}, got {value!r}"
+            )
+        self._state = value
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.state == QUANTIZING:
+        if self._state == QUANTIZING:
             return self.fake_quantize(x)
-        if self.state == OBSERVING:
+        self._reach()
+        if self._state == OBSERVING:
             self._observe(x)
         return x
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x on the grid of the present range, whatever the state. RuntimeError if uncalibrated."""
-        self._need_calibration()
+        self._begin()
         spec, shape = self.spec, self.shape_on(x)
-        ranges = self.ranges(x)
+        ranges = self.arguments(x)
         if shape != self.range_shape:
-            ranges = [tensor.view(shape) for tensor in ranges]
+            ranges = tuple(tensor.view(shape) for tensor in ranges)
         options = {"sigmoid": True} if spec.sigmoid else {}
-        function = getattr(self.functions, spec.operator)
+        function = getattr(functions.namespace(), spec.function)
         return function(x, *ranges, bits=spec.bits, eps=spec.eps, **options)
 
-    def _need_calibration(self) -> None:
+    @property
+    def fusible(self) -> bool:
+        """Whether a kernel that does more than quantize does what this quantizer would do now, and
+        nobody can notice that it is not called."""
+        return (
+            self._state == QUANTIZING
+            and not self.live
+            and self.range_shape.numel() == 1
+            and functions.may_fuse()
+            and is_unobserved(self)
+        )
+
+    def _begin(self) -> None:
+        self._reach()
         if not self.calibrated:
             raise RuntimeError(
                 f"{self.label}: its range is not set; calibrate the model first "
                 "(asymq.calibrate), or load a calibrated state"
             )
+
+    def _reach(self) -> None:
+        if not self.reached and not torch.compiler.is_compiling():
+            self.reached = True
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -269,16 +355,19 @@ class Quantizer(nn.Module):
         observed, self._observed = self._observed, None
         return observed
 
-    def range_tensors(self) -> dict[str, Tensor]:
-        """All range tensors by name: learned, constant and first values."""
-        return {**self._parameters, **self._buffers}
+    def need_whole(self) -> None:
+        """RuntimeError where FSDP2 has split the range tensors among processes."""
+        if any(is_split(tensor) for tensor in self._parameters.values()):
+            raise RuntimeError(
+                f"{self.label}: its ranges are split among processes, and cannot be set there: "
+                "shard the model with asymq.shard, which leaves them whole, or set them before"
+            )
 
     def extra_repr(self) -> str:
         spec = self.spec
         parts = [f"{spec.bits} bits", *(["symmetric"] if spec.symmetric else [])]
-        parts += [str(spec.granularity), spec.parameterization]
-        parts += [option for option in ("sigmoid", "dynamic", "fix_min") if getattr(spec, option)]
-        parts += [describe_range(self)]
+        parts += [repr(spec.granularity), spec.parameterization, *spec.options]
+        parts += [self.describe_range()]
         return ", ".join(parts + ([self.state] if self.state != QUANTIZING else []))
 
     def _apply(self, fn, recurse=True):
@@ -290,15 +379,26 @@ class Quantizer(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def __setstate__(self, state) -> None:
+        if "_state" not in state:
+            raise RuntimeError(
+                "asymq: this pickle was made by asymq 0.1, whose classes have changed: open a "
+                "folder of asymq.save with asymq.load, or its state_dict with load_state_dict"
+            )
+        super().__setstate__(state)
+
     # ---- state_dict ----------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Spec and calibrated state as JSON in a uint8 tensor: a state_dict holds tensors alone."""
-        state = {"spec": self.spec.to_dict(), "calibrated": self.calibrated}
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+        """Spec and calibrated state as JSON in a uint8 tensor: a state_dict holds tensors alone.
+        Its length does not depend on the state, so that a state fits into any model of the spec."""
+        longest = json.dumps({"spec": self.spec.to_dict(), "calibrated": False})
+        state = json.dumps({"spec": self.spec.to_dict(), "calibrated": self.calibrated})
+        encoded = bytearray(state.ljust(len(longest)).encode())
+        return torch.frombuffer(encoded, dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.calibrated = _decode(state)["calibrated"]
+        self.calibrated = _decode(state, self.label)["calibrated"]
 
     def check_state(self, state_dict: dict, prefix: str) -> bool:
         """Whether `state_dict` has this quantizer's state under `prefix`. RuntimeError if what it
@@ -307,177 +407,71 @@ class Quantizer(nn.Module):
         found = {key for key in state_dict if key.startswith(prefix)}
         if not found:
             return False
+        label = prefix.removesuffix(".") or self.label
         extra = state_dict.get(f"{prefix}_extra_state")
-        saved = None if extra is None else QuantSpec.from_dict(_decode(extra)["spec"])
+        saved = None if extra is None else QuantSpec.from_dict(_decode(extra, label)["spec"])
         if saved is not None and saved != self.spec:
             raise RuntimeError(
-                f"{prefix.removesuffix('.') or self.label}: the state is of another quantizer: it "
-                f"has {saved}, this one {self.spec}"
+                f"{label}: the state is of another quantizer: it has {saved}, this one {self.spec}"
             )
         shapes = {key: tuple(state_dict[key].shape) for key in found if not key.endswith("_state")}
         wrong = {key: shape for key, shape in shapes.items() if shape != tuple(self.range_shape)}
         if found != own or wrong:
             raise RuntimeError(
-                f"{prefix.removesuffix('.') or self.label}: the state does not fit: it needs "
+                f"{label}: the state does not fit: it needs "
                 f"{sorted(own)} of shape {tuple(self.range_shape)}, got {sorted(found)}"
                 + (f" of shapes {wrong}" if wrong else "")
             )
         return True
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        # Without any range: a float checkpoint, whose weights are all it has to bring.
+        # Without any range: a float checkpoint, whose weights are all it has to bring; or another
+        # user of this quantizer, which is written once.
         if self.check_state(state_dict, prefix):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-
-def _decode(state: Tensor) -> dict:
-    return json.loads(bytes(state.cpu().tolist()))
-
-
-class QuantAct(Quantizer):
-    """Quantizes an activation, of any shape.
-
-    spec: what it is. channels: size of the axis that a per-channel or per-group granularity names
-    (needed there; the last axis by default). Ranges have shape [1], [channels] or [groups] and are
-    float32, or with dtype float64, for float64 activations alone.
-    """
-
-    kind = "activation"
-
-    def __init__(
-        self,
-        spec: QuantSpec,
-        channels: int | None = None,
-        *,
-        name: str = "",
-        device=None,
-        dtype: torch.dtype = torch.float32,
-    ):
-        granularity = spec.granularity
-        if isinstance(granularity, PerTensor):
-            ranges = 1
-        elif channels is None:
-            raise ValueError(
-                f"{name or 'QuantAct'}: {granularity} needs an axis of known size (channels)"
-            )
-        elif isinstance(granularity, PerGroup):
-            ranges = _groups(name or "QuantAct", channels, granularity.size)
-        else:
-            ranges = channels
-        super().__init__(spec, (ranges,), name, device, dtype)
-        self.channels = channels
-
-    @classmethod
-    def on_last_axis(
-        cls, spec: QuantSpec, channels: int | None, name: str = "", device=None
-    ) -> QuantAct:
-        """Where only the size of the last axis is known; None: not even that."""
-        axis = getattr(spec.granularity, "axis", None)
-        if axis not in (None, -1):
-            raise ValueError(
-                f"{name or cls.__name__}: {spec.granularity} names an axis whose size the tensors "
-                "decide; ranges must exist before: use the last axis (None)"
-            )
-        return cls(spec, channels, name=name, device=device)
-
-    def shape_on(self, x: Tensor) -> torch.Size:
-        if isinstance(self.spec.granularity, PerTensor):
-            return self.range_shape
-        axis = self.spec.granularity.axis
-        axis = _axis(self.label, -1 if axis is None else axis, x.dim())
-        if x.shape[axis] != self.channels:
-            raise RuntimeError(
-                f"{self.label}: axis {axis} of the activation must have {self.channels} channels, "
-                f"got shape {list(x.shape)}"
-            )
-        shape = [1] * x.dim()
-        shape[axis] = self.range_shape[0]
-        return torch.Size(shape)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Once, under its first name: a quantizer is a submodule of each of its users."""
+        written = self._written_as
+        if written is not None and written != prefix and f"{written}_extra_state" in destination:
+            return
+        self._written_as = prefix
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-class WeightQuantizer(Quantizer):
-    """Quantizes a weight. Modules with tied weights share one.
-
-    shape: the weight's. channel_axis, reduction_axis: where a granularity without an axis applies.
-    Ranges have the shape [1] or as many dimensions as the weight.
-    """
-
-    kind = "weight"
-
-    def __init__(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, ...],
-        *,
-        channel_axis: int = 0,
-        reduction_axis: int = -1,
-        name: str = "",
-        device=None,
-    ):
-        label, granularity = name or type(self).__name__, spec.granularity
-        ranges = (1,)
-        if isinstance(granularity, PerChannel):
-            axis = channel_axis if granularity.axis is None else granularity.axis
-            axis = _axis(label, axis, len(shape))
-            ranges = tuple(size if i == axis else 1 for i, size in enumerate(shape))
-        elif isinstance(granularity, PerGroup):
-            axis = reduction_axis if granularity.axis is None else granularity.axis
-            axis = _axis(label, axis, len(shape))
-            groups = _groups(label, shape[axis], granularity.size)
-            ranges = (*shape[:axis], groups, *shape[axis + 1 :])
-        super().__init__(spec, ranges, name, device)
-        self.weight_shape = torch.Size(shape)
-        # While `keep_result` holds, all calls return the first call's result.
-        self.keep_result = False
-        self._kept: Tensor | None = None
-
-    def share_within_forward(self, begin: bool) -> None:
-        """Between begin and end one result serves all modules that share the weight; outside, every
-        call quantizes, so that nothing outlives an optimizer step."""
-        self.keep_result, self._kept = begin, None
-
-    def shape_on(self, x: Tensor) -> torch.Size:
-        if x.shape != self.weight_shape:
-            raise RuntimeError(
-                f"{self.label}: its weight had the shape {list(self.weight_shape)}, now it has "
-                f"{list(x.shape)}: resize a model before quantizing it"
-            )
-        return self.range_shape
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.keep_result or self.state != QUANTIZING:
-            return super().forward(weight)
-        if self._kept is None:
-            self._kept = super().forward(weight)
-        return self._kept
+def _decode(state: Tensor, label: str) -> dict:
+    """Of a state that may have been cast, or averaged with equal ones."""
+    try:
+        return json.loads(bytes(state.cpu().round().to(torch.uint8).tolist()))
+    except (ValueError, RuntimeError):
+        raise RuntimeError(
+            f"{label}: its _extra_state, a JSON text in bytes, is damaged; take that of the model "
+            "that the state was made of"
+        ) from None
 
 
-class NormWeightQuantizer(WeightQuantizer):
-    """Quantizes the weight of a normalization layer, which is calibrated like an activation."""
+def is_split(tensor: Tensor | None) -> bool:
+    """Whether FSDP2 has split it among processes."""
+    return hasattr(tensor, "full_tensor")
 
-    kind = "norm_weight"
 
-
-def is_fusible(quantizer: nn.Module | None) -> bool:
-    """Whether a kernel that does more than quantize does what this quantizer would do now."""
-    return (
-        isinstance(quantizer, Quantizer)
-        and quantizer.state == QUANTIZING
-        and not quantizer.spec.dynamic
-        and quantizer.range_shape.numel() == 1
-        and quantizer.functions is ops
+def is_unobserved(module: nn.Module) -> bool:
+    """Whether nobody can notice if a module's work is done without calling it: it has no hooks, and
+    nobody has replaced its forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or _has_any_global_hook()
     )
 
 
-def describe_range(quantizer: Quantizer) -> str:
-    """The present range in a few characters: its ends, or the extreme ends of all its ranges."""
-    if quantizer.spec.dynamic:
-        return "dynamic range"
-    if not quantizer.calibrated:
-        return "uncalibrated"
-    low, high = quantizer.bounds()
-    ends = f"[{low.min().item():.4g}, {high.max().item():.4g}]"
-    return ends if low.numel() == 1 else f"{low.numel()} ranges within {ends}"
+def apply(quantizer: nn.Module | None, x: Tensor) -> Tensor:
+    """x, quantized where there is a quantizer."""
+    return x if quantizer is None else quantizer(x)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
@@ -511,10 +505,8 @@ def convert_parameterization(model: nn.Module, to: str) -> None:
     if not quantizers:
         raise ValueError("asymq.convert_parameterization: the model has no quantizers")
     for name, quantizer in quantizers:
-        if quantizer.spec.dynamic:
-            raise ValueError(f"asymq.convert_parameterization: {name} has a dynamic range")
         try:
-            quantizer.spec.with_parameterization(to)
+            quantizer.need_convertible(to)
         except ValueError as error:
             raise ValueError(f"asymq.convert_parameterization: {name}: {error}") from None
     for _, quantizer in quantizers:

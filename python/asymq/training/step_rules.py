@@ -1,75 +1,22 @@
-"""What an optimizer needs: the range parameters, frozen weights, and the paper's step rules."""
+"""The paper's step rules, for any optimizer.
+
+A rule is the parameterization it belongs to and, for one quantizer and the name of one of its
+learned tensors, the factor of that tensor's step (section 3 of the paper).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from asymq.quantizer import Quantizer, named_quantizers
+from asymq.quantizers import Quantizer, named_quantizers
 
-T = TypeVar("T")
-
-
-def range_parameters(model: nn.Module, lr: float | None = None) -> list[dict]:
-    """The learned ranges of a model as a list of optimizer parameter groups, without weight decay,
-    which would shrink the ranges. lr: their learning rate, None: the optimizer's own.
-
-    ValueError: the model has none.
-    """
-    parameters = [p for _, q in named_quantizers(model) for p in q.parameters(recurse=False)]
-    if not parameters:
-        raise ValueError("asymq.range_parameters: the model has no quantizers with learned ranges")
-    group = {"params": parameters, "weight_decay": 0.0}
-    return [group if lr is None else {**group, "lr": lr}]
-
-
-def freeze_weights(model: nn.Module) -> None:
-    """Stops everything but the ranges from learning: no gradients of weights are computed."""
-    ranges = {id(p) for _, q in named_quantizers(model) for p in q.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if id(parameter) not in ranges:
-            parameter.requires_grad_(False)
-
-
-def capture_step(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
-    """Captures a whole training step in a CUDA graph: what a small model's step costs is launches.
-
-    step: forward, backward and optimizer step on tensors that stay where they are (copy each batch
-    into them), with an optimizer made with capturable=True, `zero_grad()` first, and nothing that
-    reads a GPU's value, as `item()` does. It is called `warmup` times, which train as any step, and
-    recorded once, which does not. The function returned repeats it, and what it returns is
-    overwritten by the next call.
-
-    RuntimeError: there is no GPU. torch's errors where a step cannot be captured.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("asymq.capture_step: needs a CUDA GPU, and torch sees none")
-    # Work before a capture belongs on the stream of its kind, so that no allocation is shared.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmup):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> T:
-        graph.replay()
-        return result
-
-    return replay
-
-
-# ---- step rules --------------------------------------------------------------------------------
-#
-# A rule is the parameterization it belongs to and, for one quantizer and the name of one of its
-# learned tensors, the factor of that tensor's step (section 3 of the paper).
+# The rules of an optimizer.
+_RULES: WeakKeyDictionary[Optimizer, list[StepRule]] = WeakKeyDictionary()
 
 
 def _first_value(quantizer: Quantizer, name: str) -> Tensor:
@@ -87,7 +34,8 @@ def _of_min_max(quantizer: Quantizer, name: str) -> Tensor:
     return torch.full_like(scale, 2 / quantizer.spec.steps) if name == "scale" else 1 / scale
 
 
-STEP_RULES: dict[str, tuple[str, Callable[[Quantizer, str], Tensor]]] = {
+Factor = Callable[[Quantizer, str], Tensor]
+STEP_RULES: dict[str, tuple[str, Factor]] = {
     "min_max_plus": ("min_max", _first_value),
     "naive": ("scale_offset", _first_value),
     "naive_current": ("scale_offset", _current_value),
@@ -98,9 +46,11 @@ STEP_RULES: dict[str, tuple[str, Callable[[Quantizer, str], Tensor]]] = {
 class StepRule:
     """Hooks of an optimizer that scale its steps; `remove` takes them off."""
 
-    def __init__(self, optimizer: Optimizer, rule: Callable, sites: list[tuple[Quantizer, str]]):
+    def __init__(self, optimizer: Optimizer, rule: Factor, sites: list[tuple[Quantizer, str]]):
         self._rule, self._sites = rule, sites
         self._before: tuple[list[Tensor], list[Tensor]] = [], []
+        self._siblings = _RULES.setdefault(optimizer, [])
+        self._siblings.append(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._scale),
@@ -109,6 +59,11 @@ class StepRule:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self in self._siblings:
+            self._siblings.remove(self)
+
+    def scales(self, parameter: Tensor) -> bool:
+        return any(p is parameter for p in self._parameters())
 
     def _parameters(self) -> list[Tensor]:
         return [getattr(quantizer, name) for quantizer, name in self._sites]
@@ -136,7 +91,7 @@ def attach_step_rule(optimizer: Optimizer, model: nn.Module, rule: str) -> StepR
     not the gradient, whose factors Adam would cancel.
 
     ValueError: an unknown rule; none of the model's ranges in the optimizer; one in it that has
-    another parameterization or is not calibrated.
+    another parameterization, is not calibrated, or has a rule of this optimizer's already.
     """
     what = "asymq.attach_step_rule"
     if rule not in STEP_RULES:
@@ -155,6 +110,12 @@ def attach_step_rule(optimizer: Optimizer, model: nn.Module, rule: str) -> StepR
             )
         if not quantizer.calibrated:
             raise ValueError(f"{what}: {name} has no first values yet; calibrate the model first")
+        parameters = [getattr(quantizer, n) for n in learned]
+        if any(one.scales(p) for one in _RULES.get(optimizer, ()) for p in parameters):
+            raise ValueError(
+                f"{what}: the optimizer scales the steps of {name} already; remove() that rule "
+                "first"
+            )
         sites += [(quantizer, n) for n in learned]
     if not sites:
         raise ValueError(f"{what}: the optimizer has none of the model's range parameters")

@@ -1,0 +1,61 @@
+"""`convert` takes the quantizers out of a model again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from asymq.layers import Quantized, QuantLayer
+from asymq.quantizers import Quantizer, elements, is_split, named_quantizers
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Takes every quantizer out, in place, and returns the plain model.
+
+    Weights become their dequantized values, of their own dtype and still tied; activations are no
+    longer quantized. Modules get their float classes back; a QuantAct that is a module of the
+    user's own becomes an nn.Identity.
+
+    Before anything is changed: RuntimeError if a weight's range is not set, ValueError if the model
+    has no quantizers, is split among processes, or a tie of weights was broken.
+    """
+    quantizers = list(named_quantizers(model))
+    if not quantizers:
+        raise ValueError("asymq.convert: the model has no quantizers")
+    if any(map(is_split, model.parameters())):
+        raise ValueError(
+            "asymq.convert: the model is split among processes; convert a whole one, such as "
+            "asymq.load gives of what asymq.save writes"
+        )
+    if isinstance(model, Quantizer):
+        raise ValueError("asymq.convert: a quantizer is no model")
+    values = _quantized_weights(model)
+    for weight, value in values:
+        weight.copy_(value)
+    for module in list(model.modules()):
+        while isinstance(module, Quantized):
+            module.take_out()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, Quantizer):
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
+def _quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Each weight that has a quantizer, once, and what it becomes."""
+    first: dict[Quantizer, tuple[str, torch.Tensor]] = {}
+    values = []
+    for name, module in model.named_modules():
+        quantizer = module.weight_quantizer if isinstance(module, QuantLayer) else None
+        if quantizer is None:
+            continue
+        other, weight = first.setdefault(quantizer, (name, module.weight))
+        if other == name:
+            values.append((module.weight, quantizer.fake_quantize(module.weight)))
+        elif elements(weight) != elements(module.weight):
+            raise ValueError(
+                f"asymq.convert: {other}.weight and {name}.weight share {quantizer.label} but are "
+                "no longer one tensor: tie them again (model.tie_weights())"
+            )
+    return values

@@ -1,0 +1,20 @@
+"""Modules with quantizers: the one way in and out, and a class for each type of layer."""
+
+from asymq.layers import activation, registry
+from asymq.layers.embedding import QuantEmbedding
+from asymq.layers.layer import QuantLayer
+from asymq.layers.linear import QuantLinear, QuantLogits
+from asymq.layers.norm import QuantLayerNorm
+from asymq.layers.quantized import Quantized, QuantOutput
+
+__all__ = [
+    "QuantEmbedding",
+    "QuantLayer",
+    "QuantLayerNorm",
+    "QuantLinear",
+    "QuantLogits",
+    "QuantOutput",
+    "Quantized",
+    "activation",
+    "registry",
+]

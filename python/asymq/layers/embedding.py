@@ -1,0 +1,63 @@
+"""nn.Embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymq.layers.layer import WEIGHT, QuantLayer, need_class
+from asymq.layers.registry import quantizes
+from asymq.quantizers import QuantSpec
+
+
+@quantizes(nn.Embedding)
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """nn.Embedding with a quantized weight. What it returns is on its weight's grid: it has no
+    output quantizer.
+
+    Range shapes of the weight: [1], [num_embeddings, 1], [num_embeddings, embedding_dim / size].
+    """
+
+    float_class = nn.Embedding
+    has_output = False
+
+    def __init__(self, *args, weight: QuantSpec | None = WEIGHT, **kwargs):
+        nn.Embedding.__init__(self, *args, **kwargs)
+        self._create(weight, None, None)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight: QuantSpec | None = WEIGHT,
+        output: None = None,
+        input: None = None,
+    ) -> QuantLayer:
+        """Of an nn.Embedding: a new one that shares its weight."""
+        need_class(module, cls, "nn.Embedding", nn.Embedding)
+        return cls.of_float(module, weight, output, input)
+
+    @classmethod
+    def left_alone(cls, module: nn.Module) -> bool:
+        return _changes_rows(module) or super().left_alone(module)
+
+    @classmethod
+    def check(cls, module: nn.Module, weight: QuantSpec | None, label: str) -> None:
+        super().check(module, weight, label)
+        if _changes_rows(module):
+            raise ValueError(
+                f"{label}: max_norm and sparse gradients change the weight or its gradient row by "
+                "row; the ranges cannot follow"
+            )
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(
+            indices,
+            self.quantized_weight(),
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+
+
+def _changes_rows(module: nn.Module) -> bool:
+    return module.max_norm is not None or module.sparse

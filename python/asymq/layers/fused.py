@@ -1,0 +1,94 @@
+"""Functions with quantizers around them: one kernel each way where the quantizers allow it, single
+operations elsewhere, with the same result but for rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymq import ops
+from asymq.quantizers import Quantizer, apply, is_unobserved
+
+# Added to a score, this and less hides its key; a smaller bias (ALiBi's) is part of the score.
+HIDES = -1e4
+_HIDES_IN_BFLOAT16 = torch.tensor(HIDES, dtype=torch.bfloat16).item()
+
+
+def fusible(*quantizers: Quantizer | None) -> bool:
+    """Whether one kernel may do what all of these would do."""
+    return all(quantizer is not None and quantizer.fusible for quantizer in quantizers)
+
+
+def may_skip(child: nn.Module, cls: type) -> bool:
+    """Whether a parent may do the work of a child of class `cls` itself: it is that class still (no
+    adapter, not sharded alone), and nobody can notice that it is not called."""
+    return type(child) is cls and is_unobserved(child)
+
+
+def gelu(x: Tensor, before: Quantizer | None, after: Quantizer | None) -> Tensor:
+    """after(gelu(before(x))) with GELU's tanh approximation, of any shape."""
+    if fusible(before, after):
+        return ops.quantized_gelu(x, before.range_arguments(), after.range_arguments())
+    return apply(after, F.gelu(apply(before, x), approximate="tanh"))
+
+
+def softmax(
+    scores: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    before: Quantizer | None,
+    after: Quantizer | None,
+) -> Tensor:
+    """Attention's probabilities after(softmax(before(scores) + mask)) over the last axis, 0 for
+    hidden keys.
+
+    scores: [batch, heads, queries, keys]. mask: bool (True: the query sees the key) or added to the
+    quantized scores (HIDES and less hides the key), broadcast against them. causal: query q sees
+    keys up to q + keys - queries. Of a row that sees no key the kernel gives 0, single operations
+    what `after` makes of the uniform distribution, as eager attention.
+    """
+    if fusible(before, after):
+        return ops.quantized_softmax(
+            scores, mask, before.range_arguments(), after.range_arguments(), causal=causal
+        )
+    dtype, scores = scores.dtype, apply(before, scores)
+    hidden = None
+    if causal:
+        queries, keys = scores.shape[-2:]
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=scores.device)
+        hidden = ones.triu(1 + keys - queries)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            unseen = ~mask
+        else:
+            scores = scores + mask
+            unseen = mask <= (_HIDES_IN_BFLOAT16 if mask.dtype == torch.bfloat16 else HIDES)
+        hidden = unseen if hidden is None else hidden | unseen
+    if hidden is not None:
+        # The lowest finite value, as eager attention adds: a row without any key stays finite.
+        scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    raw = torch.softmax(scores, dim=-1, dtype=wide).to(dtype)
+    probabilities = apply(after, raw)
+    if hidden is not None and probabilities is not raw:
+        # A range whose lower end is positive lifts zeros too: without this, every query would see
+        # the future.
+        probabilities = torch.where(hidden, 0, probabilities)
+    return probabilities
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, quantizer: Quantizer | None, ignore_index: int = -100
+) -> Tensor:
+    """-log softmax(quantizer(logits))[label] of every row, 0 where the label is ignore_index.
+
+    logits: [tokens, classes]. labels: [tokens]. Returns [tokens], in float32 (float64 for float64).
+    """
+    if fusible(quantizer):
+        return ops.quantized_cross_entropy(
+            logits, labels, quantizer.range_arguments(), ignore_index=ignore_index
+        )
+    logits = apply(quantizer, logits)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")

@@ -1,0 +1,78 @@
+"""nn.Linear, and the head of a language model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from asymq.layers import registry
+from asymq.layers.layer import WEIGHT, QuantLayer, need_class
+from asymq.layers.loss import keep_unquantized
+from asymq.layers.registry import quantizes
+from asymq.quantizers import QuantSpec, apply
+
+
+@quantizes(nn.Linear)
+class QuantLinear(QuantLayer, nn.Linear):
+    """nn.Linear with a quantized weight, input and output; None: not quantized.
+
+    x: [..., in_features]. Range shapes of the weight: [1], [out, 1] per channel, [out, in / size]
+    per group. ``from_float`` makes a QuantConv1D of transformers' Conv1D.
+    """
+
+    float_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight: QuantSpec | None = WEIGHT,
+        output: QuantSpec | None = None,
+        input: QuantSpec | None = None,
+    ):
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._create(weight, output, input)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight: QuantSpec | None = WEIGHT,
+        output: QuantSpec | None = None,
+        input: QuantSpec | None = None,
+    ) -> QuantLayer:
+        """Of an nn.Linear or a Conv1D: a new layer that shares its parameters."""
+        base = registry.find(type(module))
+        if base is None or base.__name__ not in ("QuantLinear", "QuantConv1D"):
+            need_class(module, cls, "nn.Linear or Conv1D", nn.Linear)
+            base = cls
+        return base.of_float(module, weight, output, input)
+
+    @classmethod
+    def left_alone(cls, module: nn.Module) -> bool:
+        # Whoever owns such a layer reads its weight and does not call it.
+        return isinstance(module, NonDynamicallyQuantizableLinear) or super().left_alone(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantize_output(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """What the forward returns, before its quantizer."""
+        x = apply(self.input_quantizer, x)
+        return F.linear(x, self.quantized_weight(), self.bias)
+
+
+class QuantLogits(QuantLinear):
+    """A QuantLinear that lets a loss know what its output was before its quantizer."""
+
+    def quantize_output(self, y: Tensor) -> Tensor:
+        logits = super().quantize_output(y)
+        if self.output_quantizer is not None:
+            keep_unquantized(logits, y, self.output_quantizer)
+        return logits

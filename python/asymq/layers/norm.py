@@ -1,0 +1,58 @@
+"""Normalization layers: nn.LayerNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymq.layers.layer import NORM_WEIGHT, QuantLayer, QuantNorm, need_class
+from asymq.layers.registry import quantizes
+from asymq.quantizers import QuantSpec, apply
+
+
+@quantizes(nn.LayerNorm)
+class QuantLayerNorm(QuantNorm, nn.LayerNorm):
+    """nn.LayerNorm with a quantized weight, input and output; None: not quantized.
+
+    Range shapes of the weight: [1], [channels], [channels / size].
+    """
+
+    float_class = nn.LayerNorm
+
+    def __init__(
+        self,
+        *args,
+        weight: QuantSpec | None = NORM_WEIGHT,
+        output: QuantSpec | None = None,
+        input: QuantSpec | None = None,
+        **kwargs,
+    ):
+        nn.LayerNorm.__init__(self, *args, **kwargs)
+        self._create(weight, output, input)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight: QuantSpec | None = NORM_WEIGHT,
+        output: QuantSpec | None = None,
+        input: QuantSpec | None = None,
+    ) -> QuantLayer:
+        """Of an nn.LayerNorm: a new one that shares its parameters; without a weight, weight must
+        be None."""
+        need_class(module, cls, "nn.LayerNorm", nn.LayerNorm)
+        return cls.of_float(module, weight, output, input)
+
+    @classmethod
+    def output_channels(cls, module: nn.Module) -> int:
+        return module.normalized_shape[-1]
+
+    input_channels = output_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = apply(self.input_quantizer, x)
+        y = F.layer_norm(x, self.normalized_shape, self.quantized_weight(), self.bias, self.eps)
+        return self.quantize_output(y)
+
+    def quantized_weight(self) -> Tensor | None:
+        return self.weight if self.weight is None else super().quantized_weight()

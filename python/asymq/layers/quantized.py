@@ -1,0 +1,194 @@
+"""The one way in and out: a module becomes quantized, in place, by getting a class that is a
+subclass of its own, and float again by getting its class back.
+
+The object, its hooks, ties, parameter names, isinstance answers and its own forward stay. Its
+quantizers are its submodules, and its forward applies all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from asymq.quantizers import Quantizer, apply
+
+
+class Quantized(nn.Module):
+    """A module with quantizers. Subclasses say which, and what a forward does with them.
+
+    sites: the attributes that hold its quantizers, None where a site has none.
+    float_class: the class it had, which `to_float` gives back.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ()
+    float_class: ClassVar[type[nn.Module]]
+    # Of a class made at run time: what was put into its module, in that order.
+    _bases: ClassVar[tuple[type[Quantized], ...]] = ()
+
+    @classmethod
+    def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+        """What the subclass of this and `float_class` gets where `float_class` is not the one whose
+        forward this class knows: its own forward goes on, between the quantizers."""
+        return {}
+
+    def to_float(self) -> nn.Module:
+        """The float module that this one was made of, a new one with this one's parameters."""
+        module = twin(self)
+        module.take_out()
+        return module
+
+    def begin(self) -> None:
+        """What becoming this does beside the quantizers."""
+
+    def end(self) -> None:
+        """Undoes `begin`."""
+
+    def take_out(self) -> None:
+        """Undoes `put_in`, in place."""
+        cls = type(self)
+        base = cls._bases[-1] if "_bases" in vars(cls) else cls
+        base.end(self)
+        for name in base.sites:
+            delattr(self, name)
+        self.__class__ = cls.float_class
+
+    def __reduce_ex__(self, protocol):
+        """A class made at run time is made again where it is opened."""
+        cls = type(self)
+        if "_bases" not in vars(cls):
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (_original(cls), cls._bases), self.__dict__.copy()
+
+
+def put_in(
+    module: nn.Module, base: type[Quantized], quantizers: Mapping[str, Quantizer | None]
+) -> None:
+    """Makes `module`, in place, a `base` with these quantizers."""
+    module.__class__ = quantized_class(type(module), base)
+    for name in base.sites:
+        setattr(module, name, quantizers.get(name))
+    base.begin(module)
+
+
+@functools.cache
+def quantized_class(cls: type[nn.Module], base: type[Quantized]) -> type[Quantized]:
+    """The subclass of `cls` and `base`. It bears the name of `cls`, by which transformers,
+    accelerate and others know classes."""
+    if getattr(base, "float_class", None) is cls:
+        return base
+    members = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "float_class": cls,
+        "sites": base.sites,
+        "_bases": (*(cls._bases if issubclass(cls, Quantized) else ()), base),
+    }
+    return type(cls.__name__, (base, cls), members | base.own_members(cls))
+
+
+def _original(cls: type) -> type[nn.Module]:
+    while "_bases" in vars(cls):
+        cls = cls.float_class
+    return cls
+
+
+def _rebuild(cls: type[nn.Module], bases: tuple[type[Quantized], ...]) -> Quantized:
+    for base in bases:
+        cls = quantized_class(cls, base)
+    return cls.__new__(cls)
+
+
+def twin(module: nn.Module):
+    """Another module with all that this one has: the same parameters, submodules, hooks."""
+    result = type(module).__new__(type(module))
+    for key, value in vars(module).items():
+        result.__dict__[key] = value.copy() if isinstance(value, dict) else value
+    return result
+
+
+def need_own_forward(module: nn.Module, label: str) -> None:
+    """ValueError where someone has replaced the forward of this one module."""
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{label}: the forward of this {type(module).__name__} has been replaced (as "
+            "accelerate's device maps do); quantize the layer before that"
+        )
+
+
+# ---- a forward that is not ours ------------------------------------------------------------------
+#
+# While a module's own forward runs, it reads its parameters through their quantizers. Elsewhere,
+# and in other threads, the same attributes are the parameters themselves: ties, resizing,
+# functional_call, replicas and one thread that trains while another evaluates see no difference.
+
+_thread = threading.local()
+
+
+@contextmanager
+def _reading_quantized(module: nn.Module) -> Iterator[None]:
+    outer = getattr(_thread, "reading", None)
+    # Each parameter is quantized once, however often the forward reads it.
+    _thread.reading = module, {}
+    try:
+        yield
+    finally:
+        _thread.reading = outer
+
+
+def quantized_parameter(name: str) -> property:
+    """The parameter `name`, through ``<name>_quantizer`` within its module's own forward."""
+
+    def read(self):
+        if name not in self._parameters:
+            return self.__dict__[name]  # a replica's
+        parameter = self._parameters[name]
+        reading = getattr(_thread, "reading", None)
+        if reading is None or reading[0] is not self or parameter is None:
+            return parameter
+        results = reading[1]
+        if name not in results:
+            results[name] = apply(getattr(self, f"{name}_quantizer"), parameter)
+        return results[name]
+
+    def write(self, value):
+        if name in self._parameters:
+            self._parameters[name] = value
+        else:
+            self.__dict__[name] = value
+
+    return property(read, write)
+
+
+def own_forward(cls: type[nn.Module], *parameters: str) -> dict[str, Any]:
+    """The forward of `cls`, which reads these parameters through their quantizers, between
+    `quantize_input` and `quantize_output` of the module."""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        if args and self.input_quantizer is not None:
+            args = (self.input_quantizer(args[0]), *args[1:])
+        with _reading_quantized(self):
+            y = cls.forward(self, *args, **kwargs)
+        return self.quantize_output(y)
+
+    return {"forward": forward} | {name: quantized_parameter(name) for name in parameters}
+
+
+class QuantOutput(Quantized):
+    """Any module with a quantizer of its output, a tensor."""
+
+    sites = ("output_quantizer",)
+
+    @classmethod
+    def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+        @functools.wraps(float_class.forward)
+        def forward(self, *args, **kwargs) -> Tensor:
+            return apply(self.output_quantizer, float_class.forward(self, *args, **kwargs))
+
+        return {"forward": forward}

@@ -1,0 +1,104 @@
+"""What a prepared model does beside its layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from asymq.layers import Quantized
+from asymq.quantizers import named_quantizers, sharing
+
+
+class Prepared(Quantized):
+    """The root of a prepared model, within which forwards share and states are whole."""
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with sharing():
+            result = super().__call__(*args, **kwargs)
+        if not self.__dict__.get("_asymq_ran"):
+            self.__dict__["_asymq_ran"] = True
+            warn_of_unreached(self, "the first forward after asymq.prepare")
+        return result
+
+    def end(self) -> None:
+        self.__dict__.pop("_asymq_ran", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """A state of other quantizers raises before anything is changed."""
+        check_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def check_state(model: nn.Module, state_dict: dict, prefix: str) -> None:
+    """RuntimeError where `state_dict` is that of a model with other quantizers."""
+    suffix = "._extra_state"
+    own = {f"{prefix}{name}" for name, _ in named_quantizers(model)}
+    states = {key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)}
+    found = {name for name in states if name in own or name.endswith("quantizer")}
+    if found and found != own:
+        name = min(found ^ own)
+        lacking = "the model has" if name in found else "the state has"
+        raise RuntimeError(f"{name}: the state is of another config: {lacking} no such quantizer")
+    for name, quantizer in named_quantizers(model):
+        quantizer.check_state(state_dict, f"{prefix}{name}.")
+
+
+def warn_of_unreached(model: nn.Module, when: str, besides: Sequence[str] = ()) -> None:
+    """One warning that names the quantizers that no forward has come to, `besides` some."""
+    unreached = [
+        name
+        for name, quantizer in named_quantizers(model)
+        if not quantizer.reached and name not in besides
+    ]
+    if unreached:
+        warnings.warn(
+            f"asymq: {when} did not use {', '.join(unreached)}: what is never used (a weight that "
+            "another module reads, an attention that is switched away, an input that the batches "
+            "lack) is not quantized, and does not learn",
+            stacklevel=3,
+        )
+
+
+class QuantCausalLM(Quantized):
+    """A language model of transformers whose attention runs as `quantized_attention` and whose loss
+    knows what the logits were before their quantizer."""
+
+    @property
+    def loss_function(self):
+        """transformers' causal loss becomes ours; a loss function of the user's stays."""
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        from asymq.layers.loss import causal_lm_loss
+
+        own = super().loss_function
+        return causal_lm_loss if own is ForCausalLMLoss else own
+
+    @loss_function.setter
+    def loss_function(self, value) -> None:
+        self._loss_function = value
+
+    def begin(self) -> None:
+        """The configuration says which attention runs; others may share it: this gets its own."""
+        from asymq.layers.attention import NAME, QuantAttention
+
+        if not any(isinstance(module, QuantAttention) for module in self.modules()):
+            return
+        shared, own = self.config, deepcopy(self.config)
+        for module in self.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = own
+        self._asymq_attention = own._attn_implementation
+        self.set_attn_implementation(NAME)
+
+    def end(self) -> None:
+        from asymq.layers.attention import NAME
+
+        before = self.__dict__.pop("_asymq_attention", None)
+        if before is not None and self.config._attn_implementation == NAME:
+            self.set_attn_implementation(before)

@@ -1,0 +1,280 @@
+"""The quantizers of a model, collected by name before anything changes, then put in all at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from asymq.config import QuantConfig
+from asymq.layers import Quantized, QuantLayer, QuantOutput, registry
+from asymq.layers.quantized import need_own_forward, put_in
+from asymq.quantizers import QuantAct, Quantizer, QuantSpec, elements
+
+
+@dataclass
+class _Change:
+    """What one module becomes."""
+
+    name: str
+    module: nn.Module
+    base: type[Quantized]
+    quantizers: dict[str, Quantizer | None]
+
+
+class Plan:
+    """What `prepare` will do to a model. A family calls the methods of the first part for a model
+    that may lie below the root; names are relative to it."""
+
+    def __init__(self, root: nn.Module, config: QuantConfig):
+        self.root = self.model = root
+        self.config = config
+        self.prefix = ""
+        self._kinds: dict[str, str] = {}  # of all sites by name, skipped ones included
+        self._aliases: dict[str, str] = {}  # of shared weight quantizers, to their names
+        self._changes: dict[int, _Change] = {}  # by the module's identity
+        self._device = next((p.device for p in root.parameters()), None)
+
+    def below(self, name: str) -> Plan:
+        """The same plan, for a model within this one."""
+        view = object.__new__(Plan)
+        view.__dict__.update(self.__dict__)
+        view.prefix = self._full(name) + "." if name else self.prefix
+        view.model = self.model.get_submodule(name)
+        return view
+
+    # ---- what a model family says ----------------------------------------------------------------
+
+    def refuse(self, condition: bool, what: str) -> None:
+        if condition:
+            raise ValueError(
+                f"asymq.prepare: {type(self.model).__name__} with {what} is not supported"
+            )
+
+    def layer(self, name: str, base: type[QuantLayer] | None = None, output: bool = True) -> None:
+        """Quantizes the weight and, unless `output` is False, the output of the layer `name`. base:
+        what it becomes, by default what is registered for its class. An adapter (peft's) around a
+        layer goes on: the layer's weight is quantized, and the adapter's output."""
+        module = self.model.get_submodule(name)
+        if is_adapter(module):
+            self.layer(f"{name}.base_layer", output=False)
+            if output:
+                self.output(name, _channels_of(module.base_layer))
+            return
+        found = registry.find(type(module))
+        if found is None or not issubclass(found, QuantLayer):
+            raise ValueError(
+                f"asymq.prepare: {self._full(name)} is a {type(module).__name__}, whose weight "
+                f"asymq cannot read through a quantizer: it needs {registry.names()}"
+            )
+        base = base or found
+        full = self._full(name)
+        output = output and base.has_output
+        # Its weight's spec is decided when all users of the weight are known.
+        self._kinds[f"{full}.weight_quantizer"] = base.kind
+        output_spec = self._spec(f"{full}.output_quantizer", "activation") if output else None
+        quantizers = base.make_quantizers(module, None, output_spec, name=full, device=self._device)
+        self._add(full, module, base, quantizers)
+
+    def output(self, name: str, channels: int | None) -> None:
+        """Quantizes the output of the module `name`, a tensor whose last axis has `channels`."""
+        self.sites(name, QuantOutput, output_quantizer=channels)
+
+    def sites(self, name: str, base: type[Quantized], **channels: int | None) -> None:
+        """Makes the module `name` a `base`, which uses the activation quantizers named in
+        `channels`: the size of their last axis, None where only the tensors know it."""
+        module, full = self.model.get_submodule(name), self._full(name)
+        label = full or type(module).__name__
+        need_own_forward(module, label)
+        known = getattr(base, "float_class", None)
+        if known is not None and type(module) is not known and channels:
+            sites = ", ".join(f"{full}.{site}" for site in channels)
+            raise ValueError(
+                f"asymq.prepare: {label} is a {type(module).__name__} with a forward of its own, "
+                f"in which asymq cannot place {sites}; it knows that of {known.__name__}"
+            )
+        quantizers: dict[str, Quantizer | None] = {
+            site: self._activation(f"{full}.{site}" if full else site, size)
+            for site, size in channels.items()
+        }
+        self._add(full, module, base, quantizers)
+
+    def becomes(self, name: str, base: type[Quantized]) -> None:
+        """Makes the module `name` a `base`, which has no quantizers of its own; a module of another
+        class than the one whose forward `base` knows stays as it is."""
+        module = self.model.get_submodule(name)
+        known = getattr(base, "float_class", None)
+        if (known is None or type(module) is known) and "forward" not in vars(module):
+            self._add(self._full(name), module, base, {})
+
+    def has(self, module: nn.Module) -> bool:
+        return id(module) in self._changes
+
+    def _full(self, name: str) -> str:
+        return f"{self.prefix}{name}" if name else self.prefix.removesuffix(".")
+
+    def _spec(self, name: str, kind: str) -> QuantSpec | None:
+        self._kinds[name] = kind
+        return self.config.spec_of(name, kind)
+
+    def _activation(self, name: str, channels: int | None) -> QuantAct | None:
+        spec = self._spec(name, "activation")
+        return spec and QuantAct.on_last_axis(spec, channels, name, self._device)
+
+    def _add(self, name: str, module: nn.Module, base, quantizers) -> None:
+        if not self.has(module):  # one module may serve under several names
+            self._changes[id(module)] = _Change(name, module, base, quantizers)
+
+    # ---- what `prepare` does with it -------------------------------------------------------------
+
+    @property
+    def quantizers(self) -> Iterator[Quantizer]:
+        for change in self._changes.values():
+            yield from (q for q in change.quantizers.values() if q is not None)
+
+    def give_weights_quantizers(self) -> None:
+        """One for each weight, whoever uses it. ValueError: some user of a weight is not quantized,
+        or its users want different ranges, or tensors overlap in part."""
+        places = _Places(self.root)
+        layers = [c for c in self._changes.values() if issubclass(c.base, QuantLayer)]
+        quantized = {id(change.module) for change in layers}
+        owners: dict[tuple, _Change] = {}
+        for change in layers:
+            name, weight = f"{change.name}.weight_quantizer", change.module._parameters["weight"]
+            if weight is None:
+                del self._kinds[name]
+                continue
+            owner = owners.setdefault(elements(weight), change)
+            if owner is not change:
+                self._share(owner, change)
+                self._aliases[name] = f"{owner.name}.weight_quantizer"
+                del self._kinds[name]
+                continue
+            spec = self.config.spec_of(name, change.base.kind)
+            if spec is not None:
+                places.need_all_quantized(f"{change.name}.weight", weight, quantized)
+                change.quantizers["weight_quantizer"] = change.base.make_weight_quantizer(
+                    change.module, spec, f"{change.name}."
+                )
+
+    def _share(self, owner: _Change, change: _Change) -> None:
+        """The quantizer of a weight's first user for another one."""
+        quantizer = owner.quantizers["weight_quantizer"]
+        if quantizer is None:
+            return
+        base = change.base
+        shape = quantizer.spec.granularity.of_weight(
+            change.name, change.module.weight.shape, base.channel_axis, base.reduction_axis
+        )
+        if shape != quantizer.range_shape or base.kind != quantizer.kind:
+            raise ValueError(
+                f"asymq.prepare: {owner.name}.weight and {change.name}.weight are one tensor, of "
+                f"which a {type(owner.module).__name__} and a {type(change.module).__name__} want "
+                f"different ranges: untie them, or leave it out (skip {quantizer.name})"
+            )
+        quantizer.shared = True
+        change.quantizers["weight_quantizer"] = quantizer
+
+    def check(self, allow_lookahead: bool) -> None:
+        what, model = "asymq.prepare", type(self.root).__name__
+        unmatched = self.config.unmatched(self._kinds)
+        for alias, name in self._aliases.items():
+            if not set(unmatched) <= set(self.config.unmatched({alias: "weight"})):
+                raise ValueError(
+                    f"{what}: {alias} is {name}, since the weights are one tensor: name that"
+                )
+        if unmatched:
+            raise ValueError(
+                f"{what}: no quantizer of {model} is called {', '.join(unmatched)}; "
+                f"they are called {', '.join(list(self._kinds)[:3])} and so on"
+            )
+        if not any(self.quantizers):
+            raise ValueError(f"{what}: the configuration leaves {model} no quantizer")
+        causal = any(getattr(m, "is_causal", False) for m in self.root.modules())
+        for quantizer in self.quantizers if causal and not allow_lookahead else ():
+            if quantizer.live and quantizer.kind == "activation":
+                raise ValueError(
+                    f"{what}: {quantizer.name} is dynamic: its range sees the whole tensor, so "
+                    "every token sees later ones; allow_lookahead=True accepts that"
+                )
+
+    def apply(self) -> None:
+        for change in self._changes.values():
+            put_in(change.module, change.base, change.quantizers)
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether it is a layer of peft's around another, `base_layer`."""
+    return hasattr(module, "get_base_layer") and isinstance(
+        getattr(module, "base_layer", None), nn.Module
+    )
+
+
+def _channels_of(layer: nn.Module) -> int | None:
+    base = registry.find(type(layer))
+    return base.output_channels(layer) if base and issubclass(base, QuantLayer) else None
+
+
+class _Places:
+    """Where a model holds its parameters."""
+
+    def __init__(self, root: nn.Module):
+        self._by_storage: dict[int, list[tuple[str, nn.Module, Tensor]]] = defaultdict(list)
+        for name, module in root.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    place = (f"{name}.{key}" if name else key, module, parameter)
+                    self._by_storage[_storage(parameter)].append(place)
+
+    def need_all_quantized(self, name: str, weight: Tensor, quantized: set[int]) -> None:
+        """ValueError where a weight has a user that is not among the `quantized` layers (ids), or
+        shares a part of its memory with another parameter."""
+        for other, module, parameter in self._by_storage[_storage(weight)]:
+            if elements(parameter) == elements(weight):
+                if id(module) not in quantized or not other.endswith("weight"):
+                    raise ValueError(
+                        f"asymq.prepare: {name} is also {other}, of a {type(module).__name__} that "
+                        "asymq does not quantize, and asymq.convert would change it there: untie "
+                        f"them, or leave it out (skip {name}_quantizer)"
+                    )
+            elif _overlap(parameter, weight):
+                raise ValueError(
+                    f"asymq.prepare: {name} and {other} overlap in memory without being one "
+                    "tensor: give them memory of their own, or leave it out (skip "
+                    f"{name}_quantizer)"
+                )
+
+
+def _storage(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether they have elements in common."""
+    if a.is_meta or b.is_meta or not a.numel() or not b.numel():
+        return False
+    spans = [_span(tensor) for tensor in (a, b)]
+    start, end = max(s[0] for s in spans), min(s[1] for s in spans)
+    if start >= end:
+        return False
+    # Strides may pass each other, as those of two column blocks: mark bytes and look.
+    marks = torch.zeros(max(s[1] for s in spans), dtype=torch.bool)
+    _bytes_of(a, marks).fill_(True)
+    return bool(_bytes_of(b, marks).any())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last byte (exclusive) within its storage."""
+    size = tensor.element_size()
+    first = tensor.storage_offset() * size
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (reach + 1) * size
+
+
+def _bytes_of(tensor: Tensor, marks: Tensor) -> Tensor:
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    return marks.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size)

@@ -1,0 +1,47 @@
+"""What one quantizer is: a spec, its range tensors, a state."""
+
+from asymq.quantizers.activation import QuantAct
+from asymq.quantizers.functions import use_functions
+from asymq.quantizers.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from asymq.quantizers.quantizer import (
+    OBSERVING,
+    OFF,
+    QUANTIZING,
+    Quantizer,
+    apply,
+    convert_parameterization,
+    disable_quantizers,
+    enable_quantizers,
+    is_split,
+    is_unobserved,
+    named_quantizers,
+)
+from asymq.quantizers.spec import PARAMETERIZATIONS, QuantSpec, split_parameterization
+from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elements, sharing
+
+__all__ = [
+    "OBSERVING",
+    "OFF",
+    "PARAMETERIZATIONS",
+    "QUANTIZING",
+    "Granularity",
+    "NormWeightQuantizer",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QuantAct",
+    "QuantSpec",
+    "Quantizer",
+    "WeightQuantizer",
+    "apply",
+    "convert_parameterization",
+    "disable_quantizers",
+    "elements",
+    "enable_quantizers",
+    "is_split",
+    "is_unobserved",
+    "named_quantizers",
+    "sharing",
+    "split_parameterization",
+    "use_functions",
+]

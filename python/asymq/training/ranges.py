@@ -1,0 +1,76 @@
+"""Range parameters and weights, as optimizers take them."""
+
+from __future__ import annotations
+
+import warnings
+from weakref import WeakSet
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from asymq.quantizers import named_quantizers
+
+
+def _ranges(model: nn.Module) -> list[nn.Parameter]:
+    return [p for _, q in named_quantizers(model) for p in q.parameters(recurse=False)]
+
+
+def range_parameters(model: nn.Module, lr: float | None = None) -> list[dict]:
+    """The learned ranges of a model as a list of optimizer parameter groups, without weight decay,
+    which would shrink the ranges. lr: their learning rate, None: the optimizer's own.
+
+    ValueError: the model has none.
+    """
+    parameters = _ranges(model)
+    if not parameters:
+        raise ValueError("asymq.range_parameters: the model has no quantizers with learned ranges")
+    group = {"params": parameters, "weight_decay": 0.0}
+    return [group if lr is None else {**group, "lr": lr}]
+
+
+def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters of a model but its learned ranges, for groups that decay, or an optimizer of
+    matrices such as Muon (which would take ranges of [out, 1] for matrices)."""
+    ranges = {id(p) for p in _ranges(model)}
+    return [p for p in model.parameters() if id(p) not in ranges]
+
+
+def freeze_weights(model: nn.Module) -> None:
+    """Stops everything but the ranges from learning: no gradients of weights are computed."""
+    for parameter in weight_parameters(model):
+        parameter.requires_grad_(False)
+
+
+# ---- optimizers that others make -----------------------------------------------------------------
+
+_WATCHED: WeakSet[nn.Module] = WeakSet()
+_SEEN: WeakSet[Optimizer] = WeakSet()
+
+
+def warn_of_decay(model: nn.Module) -> None:
+    """From now on, the first step of an optimizer that shrinks ranges of `model` warns, or that of
+    one that takes them for matrices."""
+    if not _WATCHED:
+        register_optimizer_step_pre_hook(_look_at)
+    _WATCHED.add(model)
+
+
+def _look_at(optimizer: Optimizer, *_) -> None:
+    if optimizer in _SEEN:
+        return
+    _SEEN.add(optimizer)
+    ranges = {id(p) for model in _WATCHED for p in _ranges(model)}
+    muon = "muon" in type(optimizer).__name__.lower()
+    for group in optimizer.param_groups:
+        count = sum(id(p) in ranges for p in group["params"])
+        if count and (muon or group.get("weight_decay", 0)):
+            harm = "takes for matrices" if muon else "shrinks by weight decay"
+            warnings.warn(
+                f"asymq: {type(optimizer).__name__} {harm} {count} learned ranges: give it "
+                "asymq.weight_parameters(model), and asymq.range_parameters(model) as a group "
+                "without decay or an optimizer of their own (of a Trainer: optimizers=(optimizer, "
+                "None))",
+                stacklevel=4,
+            )
+            return

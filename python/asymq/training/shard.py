@@ -1,0 +1,68 @@
+"""FSDP2 for models with learned ranges."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Variable
+
+from asymq.quantizers import named_quantizers
+
+# Who averages the gradient of a range, so that nobody does it twice.
+_AVERAGED: WeakKeyDictionary[nn.Parameter, _Average] = WeakKeyDictionary()
+
+
+def shard(module: nn.Module, **fully_shard_kwargs):
+    """torch's ``fully_shard`` of a prepared model, or of a part of it, with the ranges left whole
+    in float32 on every process and their gradients averaged, as those of the weights are.
+
+    Call it as fully_shard: on the blocks first, then on the model, before the optimizer is made.
+    fully_shard_kwargs: what fully_shard takes. RuntimeError: ranges that fully_shard has split
+    already.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes longer to import than asymq
+
+    for _, quantizer in named_quantizers(module):
+        quantizer.need_whole()
+    ranges = {p for _, q in named_quantizers(module) for p in q.parameters(recurse=False)}
+    ignored = set(fully_shard_kwargs.pop("ignored_params", None) or ()) | ranges
+    sharded = fully_shard(module, ignored_params=ignored, **fully_shard_kwargs)
+    mesh = fully_shard_kwargs.get("mesh")
+    new = [p for _, q in named_quantizers(module) for p in q.parameters(recurse=False)]
+    _Average([p for p in new if p not in _AVERAGED], mesh)
+    return sharded
+
+
+class _Average:
+    """Averages the gradients of some parameters over the processes, at the end of each backward
+    that reaches one of them: all in one message, in the same order everywhere."""
+
+    def __init__(self, parameters: list[nn.Parameter], mesh=None):
+        self._parameters, self._mesh = parameters, mesh
+        self._waiting = False
+        for parameter in parameters:
+            _AVERAGED[parameter] = self
+            parameter.register_post_accumulate_grad_hook(self._reached)
+
+    def _reached(self, _) -> None:
+        if not self._waiting:
+            self._waiting = True
+            Variable._execution_engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self._waiting = False
+        learning = [p for p in self._parameters if p.requires_grad]
+        # One that this process did not reach counts as 0: others may have.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        groups = [None] if self._mesh is None else self._mesh.get_all_groups()
+        for group in groups:
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+        parts = flat.split([p.numel() for p in learning])
+        for parameter, part in zip(learning, parts, strict=True):
+            parameter.grad = part.view_as(parameter)

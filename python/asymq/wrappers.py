@@ -1,0 +1,49 @@
+"""Modules that others put around a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Wrapper(NamedTuple):
+    title: str
+    attribute: str  # where the model is
+
+
+# By module and class, which are looked up where they are loaded already: importing them takes
+# longer than asymq.
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): Wrapper("torch.compile", "_orig_mod"),
+    ("torch.nn", "DataParallel"): Wrapper("DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel"): Wrapper("DistributedDataParallel", "module"),
+    ("torch.optim.swa_utils", "AveragedModel"): Wrapper("AveragedModel", "module"),
+}
+_SHARDED = (
+    ("torch.distributed.fsdp", "FSDPModule"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+)
+
+
+def _is(module: nn.Module, place: tuple[str, str]) -> bool:
+    cls = getattr(sys.modules.get(place[0]), place[1], None)
+    return cls is not None and isinstance(module, cls)
+
+
+def wrapper_of(model: nn.Module) -> Wrapper | None:
+    """What kind of wrapper of a whole model this is; None: none."""
+    return next((wrapper for place, wrapper in _WRAPPERS.items() if _is(model, place)), None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, whose names are those that `asymq.load` knows."""
+    while (wrapper := wrapper_of(model)) is not None:
+        model = getattr(model, wrapper.attribute)
+    return model
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has taken it over."""
+    return any(_is(module, place) for place in _SHARDED)
