@@ -1,5 +1,7 @@
 #include <ATen/ATen.h>
+#include <torch/serialize/input-archive.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "asymq/nn.h"
@@ -51,6 +53,18 @@ void QuantLinearImpl::register_all(const torch::nn::Linear& linear) {
 at::Tensor QuantLinearImpl::forward(const at::Tensor& x) {
   const at::Tensor y = at::linear(x, weight_quantizer ? weight_quantizer(weight) : weight, bias);
   return output_quantizer ? output_quantizer(y) : y;
+}
+
+void QuantLinearImpl::load(torch::serialize::InputArchive& archive) {
+  torch::serialize::InputArchive of_quantizer;
+  const auto has = [&](const auto& child) { return archive.try_read(child.key(), of_quantizer); };
+  const auto quantizers = named_children();
+  if (std::any_of(quantizers.begin(), quantizers.end(), has)) return Module::load(archive);
+  for (auto& parameter : named_parameters(/*recurse=*/false)) {
+    archive.read(parameter.key(), parameter.value());
+  }
+  if (weight_quantizer) weight_quantizer->clear_range();
+  if (output_quantizer) output_quantizer->clear_range();
 }
 
 void QuantLinearImpl::pretty_print(std::ostream& stream) const {

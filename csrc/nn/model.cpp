@@ -1,6 +1,9 @@
 // What is done with all quantizers of a model at once.
 #include <ATen/ATen.h>
+#include <c10/util/StringUtil.h>
 
+#include <algorithm>
+#include <cmath>
 #include <unordered_set>
 #include <utility>
 
@@ -12,49 +15,38 @@ namespace {
 using State = QuantizerImpl::State;
 using Quantizers = torch::OrderedDict<std::string, Quantizer>;
 
-/// Gives quantizers their present ranges and states back on its end, unless told to keep the new.
-class Undo {
- public:
-  explicit Undo(const Quantizers& quantizers) {
-    for (const auto& item : quantizers) {
-      const auto& quantizer = item.value().ptr();
-      entries_.push_back({quantizer, quantizer->state, quantizer->calibrated(), {}});
-      for (const auto& tensor : tensors(*quantizer)) {
-        entries_.back().values.push_back(tensor.clone());
-      }
-    }
-  }
-  Undo(const Undo&) = delete;
-  Undo& operator=(const Undo&) = delete;
+std::vector<at::Tensor> tensors(const QuantizerImpl& quantizer) {
+  auto all = quantizer.parameters();
+  for (const auto& buffer : quantizer.buffers()) all.push_back(buffer);
+  return all;
+}
 
-  ~Undo() {
-    for (const Entry& entry : entries_) {
-      const at::NoGradGuard no_grad;
-      entry.quantizer->state = entry.state;
-      const auto now = tensors(*entry.quantizer);
-      for (size_t i = 0; i < now.size(); ++i) now[i].copy_(entry.values[i]);
-      if (!entry.calibrated) entry.quantizer->clear_range();
-    }
-  }
-
-  void keep() { entries_.clear(); }
-
- private:
-  struct Entry {
-    std::shared_ptr<QuantizerImpl> quantizer;
-    State state;
-    bool calibrated;
-    std::vector<at::Tensor> values;
-  };
-
-  static std::vector<at::Tensor> tensors(const QuantizerImpl& quantizer) {
-    auto all = quantizer.parameters();
-    for (const auto& buffer : quantizer.buffers()) all.push_back(buffer);
-    return all;
-  }
-
-  std::vector<Entry> entries_;
+/// What a calibration changes of a quantizer.
+struct Saved {
+  std::shared_ptr<QuantizerImpl> quantizer;
+  State state;
+  bool calibrated;
+  std::vector<at::Tensor> values;
 };
+
+std::vector<Saved> save(const Quantizers& quantizers) {
+  std::vector<Saved> all;
+  for (const auto& item : quantizers) {
+    const auto& quantizer = item.value().ptr();
+    all.push_back({quantizer, quantizer->state, quantizer->calibrated(), {}});
+    for (const auto& tensor : tensors(*quantizer)) all.back().values.push_back(tensor.clone());
+  }
+  return all;
+}
+
+void restore(const std::vector<Saved>& all) {
+  for (const Saved& saved : all) {
+    saved.quantizer->state = saved.state;
+    if (!saved.calibrated) saved.quantizer->clear_range();
+    const auto now = tensors(*saved.quantizer);
+    for (size_t i = 0; i < now.size(); ++i) now[i].copy_(saved.values[i]);
+  }
+}
 
 /// Eval mode while it lives.
 class Evaluation {
@@ -77,14 +69,69 @@ class Evaluation {
   std::vector<bool> training_;
 };
 
-/// finish_observing, whose errors then tell the quantizer's place in the model.
-void finish_observing(QuantizerImpl& quantizer, const std::string& path, bool force_zero) {
-  try {
-    quantizer.finish_observing(force_zero);
-  } catch (c10::Error& error) {
-    error.add_context("calibrating " + path);
-    throw;
+/// A calibration of a model's quantizers.
+class Calibration {
+ public:
+  explicit Calibration(bool force_zero) : force_zero_(force_zero) {}
+
+  /// path: the quantizer's place in the model.
+  void finish(QuantizerImpl& quantizer, const std::string& path, double fallback) {
+    try {
+      if (quantizer.finish_observing(force_zero_, fallback)) return;
+      without_width_.push_back(path.empty() ? quantizer.options.name() : path);
+    } catch (c10::Error& error) {
+      error.add_context("calibrating " + path);
+      throw;
+    }
   }
+
+  void warn() const {
+    if (without_width_.empty()) return;
+    TORCH_WARN("asymq::nn::calibrate: ", c10::Join(", ", without_width_),
+               " saw nothing that gives a range a width (all 0, or within k*eps), so the range is "
+               "a guess: calibrate again when the values vary, or call set_range");
+  }
+
+ private:
+  bool force_zero_;
+  std::vector<std::string> without_width_;
+};
+
+void calibrate_weights(torch::nn::Module& model, Calibration& calibration) {
+  model.apply([&](const std::string& path, torch::nn::Module& module) {
+    auto* layer = module.as<QuantLinear>();
+    if (layer == nullptr || !layer->weight_quantizer) return;
+    auto& quantizer = *layer->weight_quantizer;
+    quantizer.start_observing();
+    quantizer.forward(layer->weight);
+    const double inputs = static_cast<double>(layer->options.in_features());
+    calibration.finish(quantizer, path + ".weight_quantizer", 1 / std::sqrt(std::max(inputs, 1.0)));
+  });
+}
+
+std::unordered_set<const QuantizerImpl*> quantizers_of_weights(torch::nn::Module& model) {
+  std::unordered_set<const QuantizerImpl*> found;
+  model.apply([&](torch::nn::Module& module) {
+    auto* layer = module.as<QuantLinear>();
+    if (layer != nullptr && layer->weight_quantizer) found.insert(layer->weight_quantizer.get());
+  });
+  return found;
+}
+
+void calibrate_activations(torch::nn::Module& model, const Quantizers& quantizers,
+                           const std::function<void()>& run, Calibration& calibration) {
+  const auto of_weights = quantizers_of_weights(model);
+  std::vector<std::pair<std::string, QuantizerImpl*>> observers;
+  for (const auto& item : quantizers) {
+    auto* quantizer = item.value().ptr().get();
+    if (!of_weights.contains(quantizer)) observers.emplace_back(item.key(), quantizer);
+  }
+  for (const auto& [path, quantizer] : observers) quantizer->start_observing();
+  {
+    const Evaluation evaluation(model);
+    run();
+  }
+  for (const auto& [path, quantizer] : observers) calibration.finish(*quantizer, path, 1.0);
 }
 
 }  // namespace
@@ -104,31 +151,16 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run, bool 
   const auto quantizers = named_quantizers(model);
   TORCH_CHECK(!quantizers.is_empty(), "asymq::nn::calibrate: the model has no quantizers");
   const at::NoGradGuard no_grad;
-  Undo undo(quantizers);
-
-  std::unordered_set<const QuantizerImpl*> of_weights;
-  model.apply([&](const std::string& path, torch::nn::Module& module) {
-    auto* layer = module.as<QuantLinear>();
-    if (layer == nullptr || !layer->weight_quantizer) return;
-    auto& quantizer = *layer->weight_quantizer;
-    of_weights.insert(&quantizer);
-    quantizer.start_observing();
-    quantizer.forward(layer->weight);
-    finish_observing(quantizer, path + ".weight_quantizer", force_zero);
-  });
-  std::vector<std::pair<std::string, QuantizerImpl*>> others;
-  for (const auto& item : quantizers) {
-    auto* quantizer = item.value().ptr().get();
-    if (!of_weights.contains(quantizer)) others.emplace_back(item.key(), quantizer);
+  const auto before = save(quantizers);
+  Calibration calibration(force_zero);
+  try {
+    calibrate_weights(model, calibration);
+    calibrate_activations(model, quantizers, run, calibration);
+  } catch (...) {
+    restore(before);
+    throw;
   }
-
-  for (const auto& [path, quantizer] : others) quantizer->start_observing();
-  {
-    const Evaluation evaluation(model);
-    run();
-  }
-  for (const auto& [path, quantizer] : others) finish_observing(*quantizer, path, force_zero);
-  undo.keep();
+  calibration.warn();
 }
 
 void set_state(torch::nn::Module& model, State state) {

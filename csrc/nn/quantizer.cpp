@@ -17,9 +17,6 @@ namespace {
 
 using at::Tensor;
 
-/// Least width of a calibrated range, and least end of a symmetric one.
-constexpr double kLeastWidth = 1e-6;
-
 /// Position in Parameterizations of what the options name.
 int64_t checked_parameterization(const QuantizerOptions& options) {
   const auto& name = options.name();
@@ -116,7 +113,7 @@ void QuantizerImpl::reset() {
       ranges_[i] = register_buffer(name, uncalibrated());
     }
   }
-  calibrated_ = false;
+  known_calibrated_ = false;
 }
 
 Tensor QuantizerImpl::forward(const Tensor& x) {
@@ -167,26 +164,17 @@ void QuantizerImpl::start_observing() {
   observed_low_ = observed_high_ = Tensor();
 }
 
-void QuantizerImpl::finish_observing(bool force_zero) {
+bool QuantizerImpl::finish_observing(bool force_zero, double fallback) {
   TORCH_CHECK(observed_low_.defined(), options.name(), ": calibration brought it no data");
   TORCH_CHECK(all_finite(observed_low_) && all_finite(observed_high_), options.name(),
               ": calibration brought it NaN or infinite values");
-  Tensor low = observed_low_, high = observed_high_;
-  const double steps = grid_steps<double>(static_cast<int>(options.bits()));
-  const double width = std::max(kLeastWidth, steps * options.eps());
-  if (options.symmetric()) {
-    high = at::maximum(-low, high).clamp_min(std::max(kLeastWidth, width / 2));
-    low = -high;
-  } else {
-    if (force_zero) {
-      low = low.clamp_max(0);
-      high = high.clamp_min(0);
-    }
-    high = at::maximum(high, low + width);
-  }
+  const auto [low, high, without_width] =
+      range_of_extrema(observed_low_, observed_high_, options.bits(), options.symmetric(),
+                       force_zero, fallback, options.eps());
   set_range(low, high);
   observed_low_ = observed_high_ = Tensor();
   state = State::quantizing;
+  return !without_width.any().is_nonzero();
 }
 
 void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
@@ -204,7 +192,7 @@ void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
   for (size_t i = 0; i < initial_.size(); ++i) {
     if (initial_[i].defined()) initial_[i].copy_(values[i]);
   }
-  calibrated_ = true;
+  known_calibrated_ = true;
 }
 
 void QuantizerImpl::clear_range() {
@@ -216,14 +204,15 @@ void QuantizerImpl::clear_range() {
   for (const Tensor& initial : initial_) {
     if (initial.defined()) initial.fill_(nan);
   }
-  calibrated_ = false;
+  known_calibrated_ = false;
 }
 
 bool QuantizerImpl::calibrated() const {
-  for (const Tensor& initial : initial_) {
-    if (!calibrated_ && initial.defined()) calibrated_ = all_finite(initial);
+  if (!known_calibrated_) {
+    // Not the learned values, which training may make NaN.
+    known_calibrated_ = all_finite(initial_[0].defined() ? initial_[0] : initial_[1]);
   }
-  return calibrated_;
+  return known_calibrated_;
 }
 
 void QuantizerImpl::to(torch::Device device, torch::Dtype, bool non_blocking) {
@@ -243,7 +232,7 @@ void QuantizerImpl::load(torch::serialize::InputArchive& archive) {
               ": the state to load is of another quantizer: it has ", saved.toStringRef(),
               ", this one ", describe());
   Module::load(archive);
-  calibrated_ = false;
+  known_calibrated_ = false;
 }
 
 void QuantizerImpl::save(torch::serialize::OutputArchive& archive) const {

@@ -41,6 +41,10 @@ TORCH_LIBRARY(asymq, m) {
   define(
       "parameters_of_range(str parameterization, Tensor min, Tensor max, int bits, "
       "bool symmetric=False, bool sigmoid=False) -> Tensor[]");
+  define(
+      "range_of_extrema(Tensor min, Tensor max, int bits, bool symmetric=False, "
+      "bool force_zero=True, float fallback=1.0, float eps=1e-8) -> "
+      "(Tensor min, Tensor max, Tensor without_width)");
 
   define("quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> Tensor");
   define(

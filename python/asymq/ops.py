@@ -32,6 +32,7 @@ _symmetric_gamma = _ops.fake_quantize_symmetric_gamma.default
 _quantize = _ops.quantize.default
 _dequantize = _ops.dequantize.default
 _effective_scale_offset = _ops.effective_scale_offset.default
+_range_of_extrema = _ops.range_of_extrema.default
 _quantized_softmax = _ops.quantized_softmax.default
 _quantized_gelu = _ops.quantized_gelu.default
 _quantized_cross_entropy = _ops.quantized_cross_entropy.default
@@ -136,6 +137,30 @@ def effective_scale_offset(
     """
     result = _effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps)
     return result[0], (None if symmetric else result[1])
+
+
+def range_of_extrema(
+    min: Tensor,
+    max: Tensor,
+    *,
+    bits: int,
+    symmetric: bool = False,
+    force_zero: bool = True,
+    fallback: float = 1.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The range to start learning from where ``min`` and ``max`` are the smallest and largest value
+    seen, and where it has to be a guess: (min, max, without_width).
+
+    ``symmetric``: ±max(-min, max). Else [min, max], with zero put inside if ``force_zero``, and
+    otherwise only where the values do not vary (by no more than 1e-6 of the larger end). Where all
+    values seen were 0, ±fallback. No range is narrower than k·eps. ``without_width`` (bool) tells
+    where one of the last two rules decided.
+
+    min, max: float32 or float64, of one shape, dtype and device, and finite: that is the caller's
+    to see to. Without gradient.
+    """
+    return _range_of_extrema(min, max, bits, symmetric, force_zero, fallback, eps)
 
 
 class RangeArguments(NamedTuple):

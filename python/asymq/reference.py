@@ -470,3 +470,38 @@ def effective_scale_offset(
             f"symmetric={symmetric} and sigmoid={sigmoid}"
         )
     return tuple(PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *parameters))
+
+
+@torch.no_grad()
+def range_of_extrema(
+    min,
+    max,
+    *,
+    bits: int,
+    symmetric: bool = False,
+    force_zero: bool = True,
+    fallback: float = 1.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A range for values from min to max, and where they say nothing of its width.
+
+    min, max: float32 or float64, of one shape. ±fallback where all values are 0; with zero inside
+    if force_zero, and where the values do not vary; at least k eps wide, or the guard would hold
+    the scale.
+    """
+    least_width = (2**bits - 1) * eps
+    if symmetric:
+        end = torch.maximum(-min, max)
+        empty = end == 0
+        end = torch.where(empty, fallback, end)
+        wide = torch.clamp(end, min=least_width / 2)
+        return -wide, wide, empty | (wide > end)
+    constant = max - min <= 1e-6 * torch.maximum(min.abs(), max.abs())
+    with_zero = torch.full_like(constant, True) if force_zero else constant
+    low = torch.where(with_zero, min.clamp(max=0), min)
+    high = torch.where(with_zero, max.clamp(min=0), max)
+    empty = low == high
+    low = torch.where(empty, -fallback, low)
+    high = torch.where(empty, fallback, high)
+    wide = torch.maximum(high, low + least_width)
+    return low, wide, empty | (wide > high)

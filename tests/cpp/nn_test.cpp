@@ -275,12 +275,63 @@ TEST_P(ModuleTest, CalibratedRanges) {
   EXPECT_EQ(ends({}, -data), Ends(-2.0f, 0.0f));
   EXPECT_EQ(ends({}, data, false), Ends(0.5f, 2.0f));
   EXPECT_EQ(ends(symmetric, -data), Ends(-2.0f, 2.0f));
-  // ±k·eps/2, as wide as the least asymmetric range, and never below 1e-6.
-  EXPECT_EQ(ends(symmetric, 0 * data), Ends(-127.5e-8f, 127.5e-8f));
-  EXPECT_EQ(ends(QuantizerOptions().bits(4).symmetric(true), 0 * data), Ends(-1e-6f, 1e-6f));
-  EXPECT_EQ(ends(QuantizerOptions().bits(4), 0 * data), Ends(0.0f, 1e-6f));
-  EXPECT_EQ(ends(QuantizerOptions().bits(16), 0 * data), Ends(0.0f, 65535e-8f));
+  // One value has no width but its distance from 0, and 0 not even that.
+  EXPECT_EQ(ends({}, at::tensor({2.0f, 2.0f}), false), Ends(0.0f, 2.0f));
+  EXPECT_EQ(ends(symmetric, 0 * data), Ends(-1.0f, 1.0f));
+  EXPECT_EQ(ends({}, 0 * data), Ends(-1.0f, 1.0f));
+  // Small data are data, until the guard of the scale would hold the range: k·eps.
+  EXPECT_EQ(ends(QuantizerOptions().bits(4), at::tensor({1e-6f})), Ends(0.0f, 1e-6f));
+  EXPECT_EQ(ends(QuantizerOptions().bits(16), at::tensor({1e-6f})), Ends(0.0f, 65535e-8f));
+  EXPECT_EQ(ends(symmetric, at::tensor({1e-7f})), Ends(-127.5e-8f, 127.5e-8f));
   EXPECT_EQ(ends({}, at::cat({at::empty({0}), data})), Ends(0.0f, 2.0f));
+}
+
+/// Keeps the warnings that come while it lives.
+class Warnings : public c10::WarningHandler {
+ public:
+  Warnings() : before_(c10::WarningUtils::get_warning_handler()) {
+    c10::WarningUtils::set_warning_handler(this);
+  }
+  ~Warnings() override { c10::WarningUtils::set_warning_handler(before_); }
+  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+
+  std::vector<std::string> texts;
+
+ private:
+  c10::WarningHandler* before_;
+};
+
+TEST_P(ModuleTest, LayersThatStartAtZeroLearn) {
+  Net net = make_net(op_named("min_max"));
+  {
+    const at::NoGradGuard no_grad;
+    net->fc2->weight.zero_();
+    net->fc2->bias.zero_();
+  }
+  Warnings warnings;
+  calibrate(*net, [&] { net->forward(x); });
+  ASSERT_EQ(warnings.texts.size(), 1u);
+  for (const char* part :
+       {"calibrate: fc2.weight_quantizer, fc2.output_quantizer saw", "set_range"}) {
+    EXPECT_NE(warnings.texts[0].find(part), std::string::npos) << warnings.texts[0];
+  }
+  EXPECT_EQ(named(*net, "fc2.weight_quantizer.max").max().item<float>(), 0.25f);
+  torch::optim::Adam optimizer(net->parameters(), 1e-2);
+  const Tensor target = x.narrow(1, 0, 4);
+  net->eval();
+  double loss = 0, first = 0;
+  for (int step = 0; step < 100; ++step) {
+    optimizer.zero_grad();
+    const Tensor error = (net->forward(x) - target).square().mean();
+    error.backward();
+    optimizer.step();
+    loss = error.item<double>();
+    if (step == 0) first = loss;
+  }
+  EXPECT_LT(loss, first / 4);
+
+  calibrate(*net, [&] { net->forward(x); });
+  EXPECT_EQ(warnings.texts.size(), 1u);
 }
 
 TEST_P(ModuleTest, WeightsAreQuantizedWhileActivationsAreObserved) {
@@ -400,6 +451,38 @@ TEST_P(ModuleTest, SaveAndLoad) {
   torch::save(make_net(op_named("beta_gamma")), uncalibrated);
   torch::load(net, uncalibrated);
   expect_error([&] { net->forward(x); }, {"calibrate"});
+}
+
+TEST_P(ModuleTest, LoadsFloatWeights) {
+  const auto load = [&](auto& from, auto& to) {
+    std::stringstream file;
+    torch::save(from, file);
+    torch::load(to, file);
+  };
+  torch::nn::Linear linear(8, 4);
+  linear->to(device());
+  QuantLinear layer(QuantLinearOptions(8, 4).output(QuantActOptions()));
+  layer->to(device());
+  calibrate(*layer, [&] { layer(x); });
+  load(linear, layer);
+  EXPECT_TRUE(bit_equal(layer->weight, linear->weight));
+  EXPECT_TRUE(bit_equal(layer->bias, linear->bias));
+  EXPECT_FALSE(layer->weight_quantizer->calibrated() || layer->output_quantizer->calibrated());
+  expect_error([&] { layer(x); }, {"weight_quantizer", "calibrate"});
+
+  // Within a model, and without bias.
+  torch::nn::Sequential plain(torch::nn::Linear(8, 6),
+                              torch::nn::Linear(torch::nn::LinearOptions(6, 2).bias(false)));
+  torch::nn::Sequential quantized(QuantLinear(8, 6),
+                                  QuantLinear(QuantLinearOptions(6, 2).bias(false)));
+  plain->to(device());
+  quantized->to(device());
+  load(plain, quantized);
+  asymq::nn::set_state(*quantized, State::off);
+  EXPECT_TRUE(bit_equal(quantized->forward(x), plain->forward(x)));
+
+  QuantLinear wrong(8, 5);
+  EXPECT_ANY_THROW(load(quantized, wrong));
 }
 
 TEST_P(ModuleTest, CalibratedStateIsInTheTensors) {

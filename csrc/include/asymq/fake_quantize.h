@@ -90,6 +90,21 @@ std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
                                             int64_t bits, bool symmetric = false,
                                             bool sigmoid = false);
 
+/// The range to start learning from where min and max are the smallest and largest value that were
+/// seen, and where it has to be a guess: (min, max, without_width).
+///
+/// symmetric: ±max(-min, max). Else [min, max], with zero put inside if `force_zero`, and otherwise
+/// only where the values do not vary (by no more than 1e-6 of the larger end): one value says
+/// nothing but its distance from 0. Where all values seen were 0, ±fallback. No range is narrower
+/// than k·eps, where the guard of the scale would hold it. without_width tells where one of the
+/// last two rules decided.
+///
+/// min, max: float32 or float64, of one shape, dtype and device, which the results have too, but
+/// for the bool without_width. Finite values are the caller's to see to. Without gradient.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(
+    const at::Tensor& min, const at::Tensor& max, int64_t bits, bool symmetric = false,
+    bool force_zero = true, double fallback = 1.0, double eps = 1e-8);
+
 /// A quantizer with one range, as the functions take it that do more than quantize.
 /// parameterization, parameters and the rest are those of effective_scale_offset; every parameter
 /// has one element.

@@ -108,10 +108,10 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// Starts to record, from nothing.
   void start_observing();
 
-  /// Makes the extrema that were recorded the range, and quantizes from then on. Symmetric: ±max
-  /// |x|, at least max(1e-6, k·eps/2). Else with 0 inside if `force_zero`, and max(1e-6, k·eps)
-  /// wide at least. Error, without any change: nothing was recorded, or a NaN or infinity.
-  void finish_observing(bool force_zero = true);
+  /// Makes what was recorded the range, as range_of_extrema does, and quantizes from then on.
+  /// Returns false where what was seen has no width in some range, which is then a guess: ±fallback
+  /// where all was 0. Error, without any change: nothing was recorded, or a NaN or infinity.
+  bool finish_observing(bool force_zero = true, double fallback = 1.0);
 
   /// Makes [low, high] the range and its parameters' first values. low, high: of the range tensors'
   /// shape, or one element. A symmetric quantizer looks at high alone.
@@ -120,7 +120,8 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// Forgets the range.
   void clear_range();
 
-  /// Whether the range is set.
+  /// Whether the range is set, which the tensors alone say: they are NaN before. Reading them waits
+  /// for the device; a yes is remembered.
   bool calibrated() const;
 
   /// Moves the ranges; they stay float32.
@@ -151,8 +152,8 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// First values of the first two; undefined where they do not learn.
   std::array<at::Tensor, 2> initial_;
   at::Tensor observed_low_, observed_high_;
-  /// True only if calibrated; what the buffers say is read when it is asked for.
-  mutable bool calibrated_ = false;
+  /// Whether the tensors have said yes already.
+  mutable bool known_calibrated_ = false;
 };
 
 TORCH_MODULE(Quantizer);
@@ -191,6 +192,10 @@ class QuantLinearImpl : public torch::nn::Cloneable<QuantLinearImpl> {
   /// x: [..., in_features], of the weight's dtype.
   at::Tensor forward(const at::Tensor& x);
 
+  /// From an archive of this layer or of a torch::nn::Linear, whose weights leave the quantizers
+  /// uncalibrated.
+  void load(torch::serialize::InputArchive& archive) override;
+
   void pretty_print(std::ostream& stream) const override;
 
   QuantLinearOptions options;
@@ -226,7 +231,9 @@ torch::OrderedDict<std::string, Quantizer> named_quantizers(const torch::nn::Mod
 ///   calibrate(*model, [&] { for (const auto& batch : batches) model->forward(batch); });
 ///
 /// Runs in eval mode without gradient, and turns every quantizer to `quantizing`. A second call
-/// starts afresh. force_zero: see QuantizerImpl::finish_observing.
+/// starts afresh. force_zero: see range_of_extrema, whose `fallback` is 1 for activations and
+/// 1/√in_features, the bound of torch's initial weights, for weights. Warns, naming the quantizers,
+/// where what they saw has no width.
 /// Error, leaving every range and state as it was: there is no quantizer, or one has seen no data,
 /// or a NaN or infinity.
 void calibrate(torch::nn::Module& model, const std::function<void()>& run, bool force_zero = true);
