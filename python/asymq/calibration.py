@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from asymq.layers import QuantLayer
-from asymq.models.root import warn_of_unreached
+from asymq.models.root import Prepared, warn_of_unreached
 from asymq.quantizers import OFF, QUANTIZING, Quantizer, is_split, named_quantizers
 from asymq.wrappers import unwrap
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True) -> None:
     """Sets every range, and with it the first values of its parameters, and turns quantizing on.
 
@@ -42,11 +41,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
         raise ValueError("asymq.calibrate: the model has no quantizers; call asymq.prepare first")
     for _, quantizer in quantizers:
         quantizer.need_whole()
-    without_width = []
-    with _undone_on_error(quantizers), _evaluating(model):
-        for quantizer, weight in _weights(model):
-            if not _set_range(quantizer, *quantizer.extrema(_whole(weight)), force_zero):
-                without_width.append(quantizer.label)
+    with torch.no_grad(), _undone_on_error(quantizers), _evaluating(model):
+        without_width = _calibrate_weights(model, force_zero)
         for _, quantizer in quantizers:
             quantizer.reached = False
             if quantizer.kind == "activation":
@@ -61,12 +57,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
                 if observed is None:
                     unseen.append(name)
                 elif not _set_range(quantizer, *observed, force_zero):
-                    without_width.append(quantizer.label)
+                    without_width.append(name)
             quantizer.state = QUANTIZING
     _warn(model, unseen, without_width)
 
 
 def _warn(model: nn.Module, unseen: list[str], without_width: list[str]) -> None:
+    """What calibration could not do, with names."""
     if without_width:
         warnings.warn(
             f"asymq.calibrate: the data of {', '.join(without_width)} have no width (they are "
@@ -84,17 +81,25 @@ def _warn(model: nn.Module, unseen: list[str], without_width: list[str]) -> None
     warn_of_unreached(model, "calibration", besides=unseen)
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
-    """Every weight's quantizer, once, and a weight of it."""
-    seen = set()
+def _calibrate_weights(model: nn.Module, force_zero: bool) -> list[str]:
+    """Names of the weights' quantizers whose weight has no width."""
+    weights = {}
     for module in model.modules():
-        if isinstance(module, QuantLayer) and module.weight_quantizer not in (None, *seen):
-            seen.add(module.weight_quantizer)
-            yield module.weight_quantizer, module.weight
+        if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
+            weights.setdefault(module.weight_quantizer, module.weight)
+    without_width = []
+    for quantizer, weight in weights.items():
+        whole = weight.full_tensor() if is_split(weight) else weight
+        if not _set_range(quantizer, *quantizer.extrema(whole), force_zero):
+            without_width.append(quantizer.label)
+    return without_width
 
 
 def _run(model: nn.Module, batches: Iterable[Any]) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(module, Prepared):
+            module.expect_reached = False  # calibration itself says what its batches did not reach
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
         if isinstance(batch, (tuple, list)) and batch:
@@ -111,11 +116,6 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> None:
             )
     if count == 0:
         raise ValueError("asymq.calibrate: needs at least one batch, got none")
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A weight that FSDP2 has split among processes is gathered."""
-    return weight.full_tensor() if is_split(weight) else weight
 
 
 def _set_range(quantizer: Quantizer, low: Tensor, high: Tensor, force_zero: bool) -> bool:

@@ -118,8 +118,8 @@ def test_fix_min_stays_where_there_is_a_minimum():
     "spec, to, message",
     [
         (QuantSpec(), "gamma", "0: .*unknown parameterization 'gamma'"),
-        (QuantSpec(dynamic=True), "beta_gamma", "1 has a dynamic range"),
-        (QuantSpec(dynamic=True), "min_max", "1 has a dynamic range"),
+        (QuantSpec(dynamic=True), "beta_gamma", "1: has a dynamic range"),
+        (QuantSpec(dynamic=True), "min_max", "1: has a dynamic range"),
         (QuantSpec(fix_min=True), "scale_offset", "1: .*fix_min belongs to"),
     ],
 )
@@ -192,10 +192,6 @@ def test_convert_keeps_the_dtype():
 def test_convert_that_cannot_be():
     with pytest.raises(ValueError, match=r"asymq\.convert: the model has no quantizers"):
         asymq.convert(gpt2())
-    by_hand = nn.Sequential(asymq.QuantLinear(2, 2))
-    asymq.calibrate(by_hand, [torch.randn(3, 2)])
-    with pytest.raises(ValueError, match=r"asymq\.convert: Sequential was not given to asymq"):
-        asymq.convert(by_hand)
     uncalibrated = asymq.prepare(gpt2(), QuantConfig.table2("min_max"))
     before = repr(uncalibrated)
     with pytest.raises(RuntimeError, match=r"transformer\.wte\.weight_quantizer: .*calibrate"):

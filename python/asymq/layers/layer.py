@@ -28,6 +28,7 @@ class QuantLayer(Quantized):
     """A layer with a weight, whose float class is `float_class`."""
 
     sites = ("weight_quantizer", "input_quantizer", "output_quantizer")
+    public = True
     weight: Tensor
     weight_quantizer: WeightQuantizer | None
     input_quantizer: QuantAct | None

@@ -27,6 +27,7 @@ class Quantized(nn.Module):
 
     sites: ClassVar[tuple[str, ...]] = ()
     float_class: ClassVar[type[nn.Module]]
+    public: ClassVar[bool] = False
     # Of a class made at run time: what was put into its module, in that order.
     _bases: ClassVar[tuple[type[Quantized], ...]] = ()
 
@@ -78,8 +79,9 @@ def put_in(
 @functools.cache
 def quantized_class(cls: type[nn.Module], base: type[Quantized]) -> type[Quantized]:
     """The subclass of `cls` and `base`. It bears the name of `cls`, by which transformers,
-    accelerate and others know classes."""
-    if getattr(base, "float_class", None) is cls:
+    accelerate and others know classes; layers that are public bear their own."""
+    known = getattr(base, "float_class", None) is cls
+    if known and base.public:
         return base
     members = {
         "__module__": cls.__module__,
@@ -89,7 +91,8 @@ def quantized_class(cls: type[nn.Module], base: type[Quantized]) -> type[Quantiz
         "sites": base.sites,
         "_bases": (*(cls._bases if issubclass(cls, Quantized) else ()), base),
     }
-    return type(cls.__name__, (base, cls), members | base.own_members(cls))
+    members |= {} if known else base.own_members(cls)
+    return type(cls.__name__, (base,) if known else (base, cls), members)
 
 
 def _original(cls: type) -> type[nn.Module]:

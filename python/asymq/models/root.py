@@ -16,18 +16,23 @@ from asymq.quantizers import named_quantizers, sharing
 class Prepared(Quantized):
     """The root of a prepared model, within which forwards share and states are whole."""
 
+    expect_reached: bool  # whether the next forward has to say what it does not reach
+
+    def begin(self) -> None:
+        self.expect_reached = True
+
+    def end(self) -> None:
+        del self.expect_reached
+
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         with sharing():
             result = super().__call__(*args, **kwargs)
-        if not self.__dict__.get("_asymq_ran"):
-            self.__dict__["_asymq_ran"] = True
+        if self.expect_reached:
+            self.expect_reached = False
             warn_of_unreached(self, "the first forward after asymq.prepare")
         return result
-
-    def end(self) -> None:
-        self.__dict__.pop("_asymq_ran", None)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """A state of other quantizers raises before anything is changed."""

@@ -237,7 +237,7 @@ class Quantizer(nn.Module):
         the parameterization does not know."""
         if self.live:
             raise ValueError(
-                f"{self.label} has a dynamic range: there are no values of its own to convert to "
+                "has a dynamic range: there are no values of its own to convert to "
                 f"{parameterization}"
             )
         return self.spec.with_parameterization(parameterization)
