@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from asymq.config import QuantConfig
@@ -104,8 +103,9 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
         overrides = {name: spec for name, spec in specs.items() if name not in own}
         prepare(model, QuantConfig(overrides=overrides), allow_lookahead=True)
     try:
-        _take_dtypes(model, folder / WEIGHTS)
-        load_model(model, str(folder / WEIGHTS))
+        state = load_file(str(folder / WEIGHTS))
+        _take_dtypes(model, state)
+        model.load_state_dict(_with_ties(state, model))
     except Exception as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 400 else f"{reason[:400]} ..."
@@ -150,20 +150,19 @@ def _float_model(description: dict[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def _take_dtypes(model: nn.Module, path: Path) -> None:
+def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Gives each tensor of the model the dtype that it was saved with."""
-    with safe_open(str(path), "pt") as file:
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name in file.keys():
-            tensor = tensors.get(name)
-            if tensor is not None and tensor.is_floating_point():
-                saved = file.get_slice(name).get_dtype()
-                dtype = _DTYPES.get(saved, tensor.dtype)
-                if dtype != tensor.dtype:
-                    tensor.data = tensor.data.to(dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in state and state[name].dtype != tensor.dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+def _with_ties(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state with the names, too, that the model has of tensors that it ties."""
+    own = model.state_dict()
+    stored = {elements(own[name]): name for name in state if name in own}
+    ties = {name: stored.get(elements(tensor)) for name, tensor in own.items()}
+    return state | {name: state[other] for name, other in ties.items() if other is not None}
 
 
 def _settings(model: nn.Module, name: str) -> dict | None:

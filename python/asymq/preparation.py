@@ -11,6 +11,7 @@ from asymq.models import family_of, generic
 from asymq.models.root import Prepared
 from asymq.models.sites import Plan
 from asymq.quantizers import is_split, named_quantizers
+from asymq.quantizers.quantizer import PICKLE_OF_0_1
 from asymq.wrappers import is_sharded, wrapper_of
 
 WHAT = "asymq.prepare"
@@ -66,3 +67,10 @@ def _check_arguments(model: nn.Module, config: QuantConfig) -> None:
             "shard it with asymq.shard"
         )
     need_own_forward(model, type(model).__name__)
+
+
+def __getattr__(name: str):
+    """What pickles of version 0.1 ask for."""
+    if name in ("_begin_sharing", "_end_sharing", "_check_state", "_Prepared"):
+        raise RuntimeError(PICKLE_OF_0_1)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,7 +116,11 @@ def test_ranges_are_where_the_model_is(make):
 # ---- refusals ----------------------------------------------------------------------------------
 
 REFUSED = [
-    (lambda: nn.Sequential(nn.ReLU()), TABLE2, "Sequential has no Embedding, Linear, LayerNorm or Conv1D layer"),
+    (
+        lambda: nn.Sequential(nn.ReLU()),
+        TABLE2,
+        "Sequential has no Embedding, Linear, LayerNorm or Conv1D layer",
+    ),
     (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), TABLE2, "Sequential has no Embedding"),
     (gpt2, QuantConfig(None, None, None), "leaves GPT2LMHeadModel no quantizer"),
     (gpt2, QuantConfig(SPEC, None, None, skip=("*",)), "leaves GPT2LMHeadModel no quantizer"),

@@ -8,9 +8,10 @@ from collections import Counter
 
 from torch import nn
 
-from asymq.layers import QuantLayer, registry
+from asymq.layers import QuantLayer, Quantized, registry
 from asymq.models import family_of
 from asymq.models.sites import Plan, is_adapter
+from asymq.quantizers import Quantizer
 
 
 def plan(plan: Plan, model: nn.Module) -> None:
@@ -21,7 +22,7 @@ def plan(plan: Plan, model: nn.Module) -> None:
         if f"{name}.".startswith(tuple(done)):
             continue
         family = family_of(module) if name else None
-        base = registry.find(type(module))
+        base = None if isinstance(module, Quantized) else registry.find(type(module))
         if family is not None:
             family.plan(plan.below(name), module)
             done.append(f"{name}.")
@@ -35,6 +36,8 @@ def plan(plan: Plan, model: nn.Module) -> None:
         elif name and base is not None and not base.left_alone(module):
             plan.layer(name)
             found = True
+        elif isinstance(module, (Quantized, Quantizer)):
+            found = True  # the user's own, which stay
         elif any(True for _ in module.parameters(recurse=False)):
             left_alone[type(module).__name__] += 1
     if registry.find(type(model)) and not found:

@@ -236,7 +236,7 @@ class _Places:
             if elements(parameter) == elements(weight):
                 if id(module) not in quantized or not other.endswith("weight"):
                     raise ValueError(
-                        f"asymq.prepare: {name} is also {other}, of a {type(module).__name__} that "
+                        f"asymq.prepare: {name} is also {other} ({type(module).__name__}), which "
                         "asymq does not quantize, and asymq.convert would change it there: untie "
                         f"them, or leave it out (skip {name}_quantizer)"
                     )

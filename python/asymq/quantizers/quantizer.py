@@ -22,6 +22,10 @@ from asymq import ops
 from asymq.quantizers import functions
 from asymq.quantizers.spec import QuantSpec
 
+PICKLE_OF_0_1 = (
+    "asymq: this pickle was made by asymq 0.1, whose classes have changed: open a folder of "
+    "asymq.save with asymq.load, or its state_dict with load_state_dict"
+)
 QUANTIZING, OBSERVING, OFF = STATES = ("quantizing", "observing", "off")
 
 
@@ -381,10 +385,7 @@ class Quantizer(nn.Module):
 
     def __setstate__(self, state) -> None:
         if "_state" not in state:
-            raise RuntimeError(
-                "asymq: this pickle was made by asymq 0.1, whose classes have changed: open a "
-                "folder of asymq.save with asymq.load, or its state_dict with load_state_dict"
-            )
+            raise RuntimeError(PICKLE_OF_0_1)
         super().__setstate__(state)
 
     # ---- state_dict ----------------------------------------------------------------------------

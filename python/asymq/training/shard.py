@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
-from asymq.quantizers import named_quantizers
+from asymq.quantizers import Quantizer, named_quantizers
 
-# Who averages the gradient of a range, so that nobody does it twice.
-_AVERAGED: WeakKeyDictionary[nn.Parameter, _Average] = WeakKeyDictionary()
+# Whose gradients are averaged, so that nobody does it twice.
+_AVERAGED: WeakSet[Quantizer] = WeakSet()
 
 
 def shard(module: nn.Module, **fully_shard_kwargs):
@@ -25,14 +25,15 @@ def shard(module: nn.Module, **fully_shard_kwargs):
     """
     from torch.distributed.fsdp import fully_shard  # takes longer to import than asymq
 
-    for _, quantizer in named_quantizers(module):
+    quantizers = [quantizer for _, quantizer in named_quantizers(module)]
+    for quantizer in quantizers:
         quantizer.need_whole()
-    ranges = {p for _, q in named_quantizers(module) for p in q.parameters(recurse=False)}
+    ranges = {p for quantizer in quantizers for p in quantizer.parameters(recurse=False)}
     ignored = set(fully_shard_kwargs.pop("ignored_params", None) or ()) | ranges
     sharded = fully_shard(module, ignored_params=ignored, **fully_shard_kwargs)
-    mesh = fully_shard_kwargs.get("mesh")
-    new = [p for _, q in named_quantizers(module) for p in q.parameters(recurse=False)]
-    _Average([p for p in new if p not in _AVERAGED], mesh)
+    new = [quantizer for quantizer in quantizers if quantizer not in _AVERAGED]
+    _AVERAGED.update(new)
+    _Average([p for q in new for p in q.parameters(recurse=False)], fully_shard_kwargs.get("mesh"))
     return sharded
 
 
@@ -44,7 +45,6 @@ class _Average:
         self._parameters, self._mesh = parameters, mesh
         self._waiting = False
         for parameter in parameters:
-            _AVERAGED[parameter] = self
             parameter.register_post_accumulate_grad_hook(self._reached)
 
     def _reached(self, _) -> None:

@@ -1,0 +1,193 @@
+"""FSDP2, DDP and torch.distributed.checkpoint: two processes on the CPU."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+from tiny_models import gpt2, logits, next_token_loss, prepared, tokens
+from torch import distributed as dist
+from torch import nn
+
+import asymq
+from asymq import QuantConfig
+from asymq.quantizers import named_quantizers
+
+TABLE2 = QuantConfig.table2("min_max")
+BATCH = (4, 12)
+
+
+def run(function, *arguments):
+    """function(rank, *arguments) in two processes, of which one rank prints what went wrong."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(_start, (port, function, arguments), nprocs=2)
+
+
+def _start(rank, port, function, arguments):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def mine(rank):
+    return tokens(*BATCH)[2 * rank : 2 * rank + 2]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients(model):
+    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def one_process():
+    model = prepared(gpt2(), "min_max")
+    next_token_loss(model, tokens(*BATCH)).backward()
+    return model
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    largest = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        bound = 1e-3 * torch.maximum(value.abs().max(), 1e-3 * largest)
+        assert ((actual[name] - value).abs() <= bound).all(), name
+
+
+def by_blocks(model, shard):
+    for block in model.transformer.h:
+        shard(block)
+    return shard(model)
+
+
+def _fsdp(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    expected = gradients(one_process())
+    for shard in (asymq.shard, fully_shard):
+        model = by_blocks(prepared(gpt2(), "min_max"), shard)
+        ranges = [p for _, q in named_quantizers(model) for p in q.parameters(recurse=False)]
+        split = [hasattr(p, "full_tensor") for p in ranges]
+        assert all(split) if shard is fully_shard else not any(split)
+        for repeat in range(2):  # gradients accumulate as those of one process
+            next_token_loss(model, mine(rank)).backward()
+            assert_close(gradients(model), {n: (repeat + 1) * g for n, g in expected.items()})
+        optimizer = torch.optim.Adam(
+            [{"params": asymq.weight_parameters(model)}, *asymq.range_parameters(model)], lr=1e-3
+        )
+        optimizer.step()
+        # All processes agree, and what is saved is what they compute.
+        asymq.save(model, folder / shard.__name__)
+        with torch.no_grad():
+            ours = model(tokens()).logits
+        again = asymq.load(folder / shard.__name__)
+        torch.testing.assert_close(logits(again, tokens()), ours, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match=r"asymq\.convert: the model is split .*asymq\.load"):
+            asymq.convert(model)
+    with pytest.raises(RuntimeError, match=r"_quantizer: its ranges are split .*asymq\.shard"):
+        asymq.calibrate(model, [tokens()])
+    with pytest.raises(RuntimeError, match="its ranges are split among processes"):
+        asymq.shard(model)
+
+
+@pytest.mark.slow
+def test_fsdp2(tmp_path):
+    run(_fsdp, tmp_path)
+
+
+def _parts(rank):
+    """c_fc alone is sharded: its parent must call it. And what prepare and shard refuse."""
+    from torch.distributed.fsdp import fully_shard
+
+    expected = gradients(one_process())
+    model = prepared(gpt2(), "min_max")
+    ranges = {p for _, q in named_quantizers(model) for p in q.parameters()}
+    for block in model.transformer.h:
+        fully_shard(block.mlp.c_fc, ignored_params=ranges)
+    asymq.shard(model)
+    next_token_loss(model, mine(rank)).backward()
+    assert_close(gradients(model), expected)
+
+    sharded = fully_shard(gpt2())
+    with pytest.raises(ValueError, match=r"split among processes: prepare it first, then .*shard"):
+        asymq.prepare(sharded, TABLE2)
+    inner = nn.Sequential(nn.Linear(4, 4))
+    fully_shard(inner[0])
+    with pytest.raises(ValueError, match="prepare it first"):
+        asymq.prepare(inner, QuantConfig(asymq.QuantSpec()))
+
+    # Calibration after asymq.shard gathers the weights.
+    late = asymq.shard(asymq.prepare(gpt2(), TABLE2))
+    asymq.calibrate(late, [tokens(seed=seed) for seed in (3, 4)])
+    expected = dict(named_quantizers(one_process()))
+    for name, quantizer in named_quantizers(late):
+        torch.testing.assert_close(
+            quantizer.bounds(), expected[name].bounds(), rtol=1e-4, atol=1e-5, msg=name
+        )
+
+
+@pytest.mark.slow
+def test_parts_that_are_sharded():
+    run(_parts)
+
+
+def _ddp(rank):
+    """After prepare DDP averages every gradient, before it is refused."""
+    expected = gradients(one_process())
+    model = prepared(gpt2(), "min_max")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    next_token_loss(wrapped, mine(rank)).backward()
+    assert_close(gradients(model), expected)
+    early = nn.parallel.DistributedDataParallel(gpt2())
+    with pytest.raises(ValueError, match=r"DistributedDataParallel wraps .*model\.module first"):
+        asymq.prepare(early, TABLE2)
+
+
+@pytest.mark.slow
+def test_ddp():
+    run(_ddp)
+
+
+def test_distributed_checkpoint(tmp_path):
+    """A calibrated state loads into a fresh prepared model: no tensor's shape depends on it."""
+    from torch.distributed import checkpoint as dcp
+
+    model = prepared(gpt2(), "min_max")
+    fresh = asymq.prepare(gpt2(), TABLE2)
+    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
+        state = {"model": fresh.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path)
+    fresh.load_state_dict(state["model"])
+    assert torch.equal(logits(fresh, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_state_loads(dtype):
+    model = prepared(gpt2(), "min_max")
+    name = "lm_head.output_quantizer._extra_state"
+    state = model.state_dict()
+    state[name] = (state[name].to(dtype) + state[name].to(dtype)) / 2
+    asymq.prepare(gpt2(), TABLE2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("damage", [lambda s: s.flip(0), lambda s: s.float() / 3, lambda s: s[:9]])
+def test_a_damaged_state_is_named(damage):
+    model = prepared(gpt2(), "min_max")
+    name = "lm_head.output_quantizer"
+    state = model.state_dict()
+    state[f"{name}._extra_state"] = damage(state[f"{name}._extra_state"])
+    with pytest.raises(RuntimeError, match=f"{name}: its _extra_state, a JSON .* is damaged"):
+        asymq.prepare(gpt2(), TABLE2).load_state_dict(state)
