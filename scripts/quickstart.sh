@@ -6,12 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 work=$root/build/quickstart
 
 step "Environment" create_environment
-step "Build and install" install_package
 if [[ " $* " == *" --model"* ]]; then
-  step "What the experiments need" install_experiment_tools datasets
+  step "Build and install" install_package experiments
   step "Table 2" python scripts/table2.py --out "$work/results" "$@"
 else
-  step "What the experiments need" install_experiment_tools
+  step "Build and install" install_package quickstart
   step "A small GPT-2" python -m asymq.experiments.quickstart "$work"
   step "Table 2" python scripts/table2.py --model "$work/gpt2-topics" --data "$work/text" \
     --steps 100 --eval-every 25 --out "$work/table2" "$@"

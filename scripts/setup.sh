@@ -36,16 +36,12 @@ create_environment() {
   fi
   local torch="torch>=2.11,<2.16"
   [[ -z ${TORCH_VERSION:-} ]] || torch="torch==$TORCH_VERSION"
-  # Already installed requirements are kept, so a second run needs no network.
-  python -m pip install --quiet "$torch" numpy packaging safetensors "setuptools>=70" wheel ninja "cmake>=3.24"
+  # What the build needs. Installed requirements are kept, so a second run needs no network.
+  python -m pip install --quiet "$torch" "setuptools>=70" wheel ninja "cmake>=3.24"
 }
 
+# install_package EXTRA: asymq and what pyproject.toml lists under that extra.
 install_package() {
-  python -m pip install --quiet --no-build-isolation --no-deps --editable .
+  python -m pip install --quiet --no-build-isolation --editable ".[$1]"
   python -m asymq --info
-}
-
-# install_experiment_tools [PACKAGE...]: for whole models, text and plots.
-install_experiment_tools() {
-  python -m pip install --quiet "transformers>=5.4,<6" tokenizers tqdm matplotlib "$@"
 }

@@ -4,12 +4,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 build=$root/build
 
-install_test_tools() {
+install_headers() {
   [[ -f /usr/include/gtest/gtest.h && -f /usr/include/nlohmann/json.hpp ]] ||
     debian libgtest-dev nlohmann-json3-dev
-  python -m pip install --quiet pytest hypothesis expecttest ruff==0.17.6 clang-format==14.0.6 \
-    accelerate
-  install_experiment_tools
 }
 
 lint() {
@@ -47,10 +44,11 @@ sanitizers() {
 }
 
 step "Environment" create_environment
-step "Test tools" install_test_tools
-step "Build and install" install_package
+step "Headers of the C++ tests" install_headers
+step "Build and install" install_package test
 prefix=$(python -m asymq --cmake-prefix-path)
 step "Lint" lint
+step "Types" mypy
 step "C++ tests" cpp_tests
 step "Consumer project" consumer
 step "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer" sanitizers
