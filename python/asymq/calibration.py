@@ -57,7 +57,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
                 if observed is None:
                     unseen.append(name)
                 elif not _set_range(quantizer, *observed, force_zero):
-                    without_width.append(name)
+                    without_width.append(quantizer.label)
             quantizer.state = QUANTIZING
     _warn(model, unseen, without_width)
 

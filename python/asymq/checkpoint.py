@@ -94,14 +94,23 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
     """
     folder = Path(folder)
     description = _read_description(folder)
-    specs = {k: QuantSpec.from_dict(v) for k, v in description["quantizers"].items()}
+    try:
+        specs = {k: QuantSpec.from_dict(v) for k, v in description["quantizers"].items()}
+    except ValueError as error:
+        raise ValueError(f"asymq.load: {folder / DESCRIPTION}: {error}") from None
     if model is None:
         model = _float_model(description)
     own = dict(named_quantizers(model))
     if not isinstance(model, Prepared) and specs.keys() - own.keys():
         # Exactly the saved quantizers, by name.
         overrides = {name: spec for name, spec in specs.items() if name not in own}
-        prepare(model, QuantConfig(overrides=overrides), allow_lookahead=True)
+        try:
+            prepare(model, QuantConfig(overrides=overrides), allow_lookahead=True)
+        except ValueError as error:
+            raise ValueError(
+                f"asymq.load: {folder} holds a {description['class']}, which this "
+                f"{type(model).__name__} does not fit: {error}"
+            ) from None
     try:
         state = load_file(str(folder / WEIGHTS))
         _take_dtypes(model, state)

@@ -78,7 +78,7 @@ def test_ends_of_activations(values, force_zero, expected):
 def test_no_range_is_within_the_guard(bits, eps):
     """k·eps wide at least, so that no scale is held by eps."""
     spec = QuantSpec(bits=bits, eps=eps, parameterization="min_max")
-    with pytest.warns(UserWarning, match="QuantAct have no width|act have no width"):
+    with pytest.warns(UserWarning, match="QuantAct have no width"):
         quantizer = calibrated(spec, [0.0, spec.steps * eps / 10])
     assert ends(quantizer) == pytest.approx((0, spec.steps * eps), rel=1.2e-7)
 
@@ -101,7 +101,7 @@ def test_a_channel_of_zeros():
     quantizer = QuantAct(QuantSpec(granularity=PerChannel(), parameterization="min_max"), 3)
     asymq.calibrate(quantizer, [torch.tensor([[0.0, 1.0, -3.0], [0.0, 2.0, -1.0]])])
     # Of a channel that says nothing the others speak.
-    expected = torch.tensor([[-3, 0, -3], [3, 2, 0]])
+    expected = torch.tensor([[-3.0, 0, -3], [3, 2, 0]])
     torch.testing.assert_close(
         torch.stack([quantizer.min, quantizer.max]).detach(), expected, rtol=1.2e-7, atol=0
     )
@@ -315,3 +315,86 @@ def test_an_error_of_the_model_changes_nothing():
 def test_a_model_without_quantizers():
     with pytest.raises(ValueError, match="no quantizers; call asymq"):
         asymq.calibrate(nn.Linear(2, 2), [torch.randn(2, 2)])
+
+
+# ---- data that say nothing -----------------------------------------------------------------------
+
+
+def jointly_trained(model, config, steps=200):
+    """The README's joint training: the last loss, and whether every parameter moved."""
+    torch.manual_seed(5)
+    x = torch.randn(256, 16)
+    y = x.square().mean(1, keepdim=True)
+    asymq.prepare(model, config)
+    with pytest.warns(UserWarning, match="have no width"):
+        asymq.calibrate(model, [x])
+    weights = asymq.weight_parameters(model)
+    groups = [{"params": weights, "lr": 1e-2}, *asymq.range_parameters(model, lr=1e-3)]
+    optimizer = torch.optim.Adam(groups)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+    return loss.item(), nn.functional.mse_loss(torch.zeros_like(y), y).item()
+
+
+def zero_head():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    return model
+
+
+def zero_adapter():
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(16, 1)
+            self.down, self.up = nn.Linear(16, 8), nn.Linear(8, 1, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x):
+            return self.base(x) + self.up(torch.relu(self.down(x)))
+
+    return Adapter()
+
+
+@pytest.mark.parametrize("make", [zero_head, zero_adapter])
+def test_layers_that_start_at_zero_learn(make):
+    config = QuantConfig(
+        weight=QuantSpec(bits=8, symmetric=True, granularity=PerChannel()),
+        activation=QuantSpec(bits=8, parameterization="min_max"),
+    )
+    loss, start = jointly_trained(make(), config)
+    assert loss < 0.1 * start
+
+
+@pytest.mark.parametrize("size", [3e-7, 1e-5, 1e5])
+def test_a_range_is_that_of_its_data_whatever_their_size(size):
+    layer = QuantLinear(8, 4, weight=QuantSpec(4, True, parameterization="min_max"))
+    with torch.no_grad():
+        layer.weight.mul_(size)
+    asymq.calibrate(layer, [torch.randn(2, 8)])
+    error = (layer.quantized_weight() - layer.weight).abs().max() / layer.weight.abs().max()
+    assert error < 0.1
+    quantizer = calibrated(QuantSpec(4, parameterization="min_max"), [-size, 0.0, size])
+    assert ends(quantizer) == pytest.approx((-size, size), rel=1e-6)
+
+
+# ---- what a DataLoader gives ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_batches_with_targets(kind):
+    spec = QuantSpec(parameterization="min_max")
+    model = nn.Sequential(QuantAct(spec))
+    asymq.calibrate(model, [kind((torch.tensor([-1.0, 2.0]), torch.tensor([7.0])))])
+    assert ends(model[0]) == (-1, 2)
+
+
+def test_other_batches_are_refused_with_a_way_out():
+    model = nn.Sequential(QuantAct(QuantSpec()))
+    for batch in ("text", 3, ()):
+        with pytest.raises(ValueError, match=r"got .*; a generator makes .*for batch in batches"):
+            asymq.calibrate(model, [batch])

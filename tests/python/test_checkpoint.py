@@ -421,3 +421,53 @@ def test_a_damaged_folder(what, tmp_path):
 def test_a_missing_folder(tmp_path):
     with pytest.raises(ValueError, match=r"asymq\.load: .*nowhere holds no model saved by asymq"):
         asymq.load(tmp_path / "nowhere")
+
+
+# ---- what varies per tensor, and what a killed process leaves ------------------------------------
+
+
+@pytest.mark.parametrize("which", ["norms", "head"])
+def test_every_tensor_keeps_its_dtype(which, tmp_path):
+    model = prepared(gpt2(tie_word_embeddings=False)).bfloat16()
+    for name, module in model.named_modules():
+        if ("ln_" in name if which == "norms" else name == "lm_head") and "quant" not in name:
+            module.float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter) / 3)
+    asymq.save(model, tmp_path)
+    again = asymq.load(tmp_path)
+    assert len({p.dtype for n, p in again.named_parameters() if "quant" not in n}) == 2
+    assert_same_state(again, model)
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
+    process = subprocess.Popen(["sleep", "60"])
+    names = [".saving-abc", ".saving-999999999-abc", f".saving-{process.pid}-abc"]
+    try:
+        for name in names:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / WEIGHTS).write_bytes(b"half")
+        asymq.save(prepared(gpt2()), tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {WEIGHTS, DESCRIPTION, names[2]}  # that one is still saving
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_messages_of_load_name_what_is_needed(tmp_path):
+    asymq.save(prepared(gpt2()), tmp_path)
+    path = tmp_path / DESCRIPTION
+    saved = path.read_text()
+    path.write_text(saved.replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match=r"asymq\.json has the format 2, this version .* reads 1"):
+        asymq.load(tmp_path)
+    path.write_text(saved.replace('"bits": 4', '"bits": 4, "colour": 1', 1))
+    with pytest.raises(ValueError, match=r"asymq\.json: QuantSpec: unknown fields \['colour'\]"):
+        asymq.load(tmp_path)
+    path.write_text(saved)
+    fit = "holds a GPT2LMHeadModel, which this OPTForCausalLM does not fit: .* is called"
+    with pytest.raises(ValueError, match=fit) as error:
+        asymq.load(tmp_path, opt())
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value)

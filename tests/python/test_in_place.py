@@ -272,7 +272,7 @@ def test_computed_weights_are_refused(how):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     COMPUTED[how](model[0])
     before = repr(model)
-    with pytest.raises(ValueError, match="0: its weight is computed .*remove_parametrizations"):
+    with pytest.raises(ValueError, match=r"0: its weight is computed .*remove_parametrizations"):
         asymq.prepare(model, WEIGHTS)
     assert repr(model) == before and not any(named_quantizers(model))
 

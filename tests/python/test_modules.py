@@ -558,3 +558,12 @@ def test_half_precision_activations_keep_12_bits(device):
     x = torch.linspace(-0.5, 1, 5000, device=device).bfloat16()
     asymq.calibrate(quantizer, [x])
     assert_bit_equal(quantizer(x), quantizer(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("state", ["quantising", "on", None, True])
+def test_a_state_is_one_of_three(state):
+    quantizer = QuantAct(QuantSpec(), name="h.0.act")
+    message = rf"h\.0\.act: state must be one of quantizing, observing, off, got {state!r}"
+    with pytest.raises(ValueError, match=message):
+        quantizer.state = state
+    assert quantizer.state == "quantizing"

@@ -324,3 +324,63 @@ def test_calibration_names_what_it_did_not_reach():
     model = asymq.prepare(Half(), QuantConfig(None, SPEC, None))
     with pytest.warns(UserWarning, match="no data reached unused.output_quantizer;"):
         asymq.calibrate(model, [torch.randn(2, 3)])
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.LayerNorm(4)])
+def test_a_layer_alone(make):
+    name = type(make()).__name__
+    with pytest.raises(ValueError, match=rf"{name} is a layer itself.*nn\.Sequential\({name}"):
+        asymq.prepare(make(), EVERYTHING)
+
+
+def test_arguments_of_other_types():
+    model = nn.Sequential(nn.Linear(4, 4))
+    hint = r"config must be a QuantConfig, got str: QuantConfig\.table2\('beta_gamma'\)"
+    with pytest.raises(ValueError, match=hint):
+        asymq.prepare(model, "beta_gamma")
+    with pytest.raises(ValueError, match="config must be a QuantConfig, got QuantSpec"):
+        asymq.prepare(model, SPEC)
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module, got str"):
+        asymq.prepare("gpt2", TABLE2)
+    with pytest.raises(ValueError, match="leaves Sequential no quantizer"):
+        asymq.prepare(model, QuantConfig())
+
+
+def test_kinds_select_in_a_model():
+    config = QuantConfig(SPEC, None, SPEC, {"weight:*h.0.*": QuantSpec(2, symmetric=True)})
+    quantizers = dict(asymq.named_quantizers(asymq.prepare(gpt2(), config)))
+    assert quantizers["transformer.h.0.mlp.c_fc.weight_quantizer"].spec.bits == 2
+    assert quantizers["transformer.h.0.ln_1.weight_quantizer"].spec == SPEC
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("functions", ["operators", "unfused"])
+def test_finite_masks_hide(functions, value):
+    """Not even where the lower end of the probabilities' range is above 0."""
+    model, batch = prepared(gpt2(), "min_max"), tokens()
+    for name, quantizer in asymq.named_quantizers(model):
+        if name.endswith("probabilities_quantizer"):
+            quantizer.set_range(torch.tensor([0.02]), torch.tensor([1.0]))
+    mask = torch.zeros(2, 1, 12, 12).masked_fill(
+        ~torch.ones(12, 12, dtype=torch.bool).tril(), value
+    )
+    changed = batch.clone()
+    changed[:, -1] = (changed[:, -1] + 7) % 96
+    with asymq.use_functions(functions):
+        first, second = (logits(model, b, attention_mask=mask) for b in (batch, changed))
+    assert_bit_equal(first[:, :-1], second[:, :-1])
+
+
+def test_small_biases_are_scores():
+    """ALiBi's."""
+    model, batch = prepared(gpt2(), "min_max"), tokens()
+    distance = (torch.arange(12)[:, None] - torch.arange(12)).float()
+    hidden = ~torch.ones(12, 12, dtype=torch.bool).tril()
+    bias = (-50 * distance).masked_fill(hidden, -1e4).expand(2, 1, 12, 12)
+    plain = torch.zeros(2, 1, 12, 12).masked_fill(hidden, -1e4)
+    results = []
+    for functions in ("operators", "unfused"):
+        with asymq.use_functions(functions):
+            results.append(logits(model, batch, attention_mask=bias))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(results[0], logits(model, batch, attention_mask=plain))

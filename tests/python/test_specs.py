@@ -234,3 +234,60 @@ def test_with_parameterization():
         QuantSpec(dynamic=True).with_parameterization("min_max")
     with pytest.raises(ValueError, match="unknown parameterization 'gamma'"):
         QuantSpec().with_parameterization("gamma")
+
+
+# ---- saying the same with other bits -------------------------------------------------------------
+
+
+def test_replace():
+    spec = QuantSpec(4, True, PerChannel())
+    assert spec.replace(bits=3) == QuantSpec(3, True, PerChannel())
+    with pytest.raises(ValueError, match=r"unknown fields \['bit'\]; it has bits, symmetric"):
+        spec.replace(bit=3)
+    config = QuantConfig.table2("min_max", weight_bits=3, activation_bits=8)
+    assert (config.weight.bits, config.activation.bits, config.norm_weight.bits) == (3, 8, 8)
+    assert config.replace(norm_weight=None).norm_weight is None
+    assert config.replace(norm_weight=None).weight == config.weight
+
+
+def test_numpy_integers():
+    numpy = pytest.importorskip("numpy")
+    spec = QuantSpec(numpy.int64(4), granularity=PerGroup(numpy.int32(8)))
+    assert spec == QuantSpec(4, granularity=PerGroup(8)) and type(spec.bits) is int
+    spec.to_json()
+    for bits in (True, 4.0, "4", None):
+        with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got"):
+            QuantSpec(bits)
+
+
+@pytest.mark.parametrize("option", ["symmetric", "sigmoid", "dynamic", "fix_min"])
+def test_options_are_true_or_false(option):
+    with pytest.raises(ValueError, match=f"{option} must be True or False, got 'yes'"):
+        QuantSpec(**{option: "yes"})
+
+
+def test_a_parameterization_that_is_an_option():
+    with pytest.raises(ValueError, match=r"that is beta_gamma with sigmoid=True"):
+        QuantSpec(parameterization="beta_gamma_sigmoid")
+
+
+def test_kinds_in_wildcards():
+    spec = QuantSpec()
+    config = QuantConfig(spec, spec, spec, {"weight:*h.0.*": None}, ("activation:*",))
+    assert config.spec_of("h.0.c_fc.weight_quantizer", "weight") is None
+    assert config.spec_of("h.0.ln_1.weight_quantizer", "norm_weight") == spec
+    assert config.spec_of("h.1.c_fc.weight_quantizer", "weight") == spec
+    assert config.spec_of("h.0.ln_1.output_quantizer", "activation") is None
+    unmatched = config.unmatched({"h.0.ln_1.weight_quantizer": "norm_weight"})
+    assert unmatched == ["weight:*h.0.*", "activation:*"]
+    assert QuantConfig.from_json(config.to_json()) == config
+
+
+def test_a_configuration_of_nothing_but_what_is_named():
+    assert QuantConfig(weight=QuantSpec()) == QuantConfig(QuantSpec(), None, None)
+    with pytest.raises(ValueError, match=r"overrides must map wildcard names to QuantSpecs"):
+        QuantConfig(overrides=["*"])
+    with pytest.raises(ValueError, match="QuantConfig: needs an object of named fields, got"):
+        QuantConfig.from_json("[]")
+    with pytest.raises(ValueError, match="QuantSpec: not JSON"):
+        QuantSpec.from_json("{")

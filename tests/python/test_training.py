@@ -491,3 +491,87 @@ def test_two_processes(tmp_path):
 def test_capture_needs_a_gpu():
     with pytest.raises(RuntimeError, match=r"asymq\.capture_step: needs a CUDA GPU"):
         asymq.capture_step(lambda: None)
+
+
+# ---- optimizers that others make -----------------------------------------------------------------
+
+
+def test_a_step_rule_is_attached_once():
+    model = prepared(gpt2(), "min_max")
+    optimizer = torch.optim.SGD(asymq.range_parameters(model), lr=1e-2)
+    rule = asymq.attach_step_rule(optimizer, model, "min_max_plus")
+    with pytest.raises(ValueError, match=r"scales the steps of .* already; remove\(\) that rule"):
+        asymq.attach_step_rule(optimizer, model, "min_max_plus")
+    rule.remove()
+    asymq.attach_step_rule(optimizer, model, "min_max_plus")
+    other = torch.optim.SGD(asymq.range_parameters(model), lr=1e-2)
+    asymq.attach_step_rule(other, model, "min_max_plus")
+
+
+def trainer(model, folder, optimizer=None, **arguments):
+    pytest.importorskip("accelerate")
+    options = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **arguments,
+    )
+    data = [{"input_ids": row, "labels": row} for row in tokens(4, 12)]
+    return transformers.Trainer(
+        model=model, args=options, train_dataset=data, optimizers=(optimizer, None)
+    )
+
+
+def recipe(model, optimizer_class=torch.optim.AdamW):
+    """The README's."""
+    weights = {"params": asymq.weight_parameters(model), "weight_decay": 0.1}
+    return optimizer_class([weights, *asymq.range_parameters(model, lr=1e-3)], lr=1e-4)
+
+
+def test_a_plain_trainer_that_decays_ranges_warns_once(tmp_path):
+    model = prepared(gpt2())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(model, tmp_path, weight_decay=0.1).train()
+    ours = [str(w.message) for w in found if "shrinks by weight decay" in str(w.message)]
+    assert len(ours) == 1 and "optimizers=(optimizer, None)" in ours[0]
+
+
+def test_the_recipe_decays_no_range(tmp_path):
+    model = prepared(gpt2())
+    optimizer = recipe(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="asymq")
+        trainer(model, tmp_path, optimizer, weight_decay=0.1).train()
+    ranges = {id(p) for p in ranges_of(model).values()}
+    for group in optimizer.param_groups:
+        inside = {id(p) in ranges for p in group["params"]}
+        assert len(inside) == 1 and (group["weight_decay"] == 0) == inside.pop()
+
+
+def test_the_recipe_of_accelerate(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = prepared(gpt2())
+    optimizer = recipe(model)
+    accelerator = accelerate.Accelerator(cpu=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="asymq")
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.backward(next_token_loss(wrapped, tokens()))
+        optimizer.step()
+
+
+def test_muon_gets_matrices_alone():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model = prepared(gpt2())
+    next_token_loss(model, tokens()).backward()
+    matrices = [p for p in asymq.weight_parameters(model) if p.dim() == 2]
+    assert not {id(p) for p in matrices} & {id(p) for p in ranges_of(model).values()}
+    torch.optim.Muon(matrices, lr=1e-3).step()
+    by_dimension = [p for p in model.parameters() if p.dim() == 2]
+    with pytest.warns(UserWarning, match="Muon takes for matrices .* learned ranges"):
+        torch.optim.Muon(by_dimension, lr=1e-3, weight_decay=0).step()

@@ -187,8 +187,9 @@ class Plan:
                     f"{what}: {alias} is {name}, since the weights are one tensor: name that"
                 )
         if unmatched:
+            more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             raise ValueError(
-                f"{what}: no quantizer of {model} is called {', '.join(unmatched)}; "
+                f"{what}: no quantizer of {model} is called {', '.join(unmatched[:3])}{more}; "
                 f"they are called {', '.join(list(self._kinds)[:3])} and so on"
             )
         if not any(self.quantizers):
