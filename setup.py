@@ -23,8 +23,8 @@ def torch_root():
     spec = importlib.util.find_spec("torch")
     if spec is None:
         sys.exit(
-            "asymq is built against the torch you have: install torch, then run "
-            "pip install --no-build-isolation ."
+            f"asymq is built against the torch you have, and {sys.executable} has none: install "
+            f"torch there, then run {sys.executable} -m pip install --no-build-isolation ."
         )
     return Path(spec.origin).parent
 
@@ -53,13 +53,13 @@ class CMakeBuild(build_ext):
         print("asymq is configured with")
         for name, value in options.items():
             print(f"  {name} = {value}")
-        # One build tree per torch, so that building against another one starts afresh.
+        # One build tree per torch and generator, so that building with another one starts afresh.
         version = first_match(r"^__version__ = ['\"](.+)['\"]", torch / "version.py")
-        build = ROOT / "build" / f"torch-{version}"
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+        build = ROOT / "build" / f"torch-{version}-{generator.split()[-1].lower()}"
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.check_call([cmake, "-S", ROOT, "-B", build, *generator, *definitions])
+        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", generator, *definitions])
         subprocess.check_call([cmake, "--build", build, "--target", "asymq", "-j", jobs])
         subprocess.check_call([cmake, "--install", build])
 

@@ -4,7 +4,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "autograd/kept_quantizer.h"
+#include "autograd/saved.h"
 
 namespace asymq {
 namespace {
@@ -16,52 +16,43 @@ class QuantizedCrossEntropy : public torch::autograd::Function<QuantizedCrossEnt
  public:
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& logits,
-                               at::TensorList ranges, const at::Tensor& labels,
-                               const QuantizerArguments& quantizer, int64_t ignore_index) {
+  /// The list is the quantizer's ranges, for autograd to see.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& logits, at::TensorList,
+                               const at::Tensor& labels, const QuantizerArguments& quantizer,
+                               int64_t ignore_index) {
+    // The call below shall reach a kernel, not this function again.
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [losses, statistics] = quantized_cross_entropy_op(logits, labels, quantizer, ignore_index);
-    variable_list saved{logits, labels, statistics};
-    saved.insert(saved.end(), ranges.begin(), ranges.end());
-    ctx->save_for_backward(saved);
-    keep(ctx, "logits", quantizer);
+    save(ctx, {logits, labels, statistics}, {quantizer});
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->mark_non_differentiable({statistics});
     return {losses, statistics};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const QuantizerArguments quantizer = kept(ctx, "logits", saved, 3);
-    variable_list result(1 + quantizer.ranges.size() + 3);
-    if (!grads[0].defined()) return result;
-    const auto needs = needed(ctx, quantizer, 1);
-    const auto [dlogits, first, second] = quantized_cross_entropy_backward_op(
-        grads[0], saved[0], saved[1], saved[2], quantizer, ctx->saved_data["ignore_index"].toInt(),
-        {ctx->needs_input_grad(0), needs[0], needs[1]});
-    result[0] = dlogits;
-    result[1] = first;
-    if (needs[1]) result[2] = second;
-    return result;
+    const Saved saved(ctx);
+    if (!grads[0].defined()) return saved.none();
+    return saved.in_order(quantized_cross_entropy_backward_op(
+        grads[0], saved.tensor(0), saved.tensor(1), saved.tensor(2), saved.quantizer(0),
+        ctx->saved_data["ignore_index"].toInt(), saved.needs<3>()));
   }
 };
 
 std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_autograd(
-    const at::Tensor& logits, const at::Tensor& labels, at::TensorList ranges,
-    int64_t parameterization, int64_t bits, double eps, int64_t ignore_index) {
-  const QuantizerArguments quantizer{ranges, parameterization, bits, eps};
+    const at::Tensor& logits, const at::Tensor& labels, const QuantizerArguments& quantizer,
+    int64_t ignore_index) {
   // Before anything is recorded for the backward.
-  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
-  check_constants("quantized_cross_entropy", parameterization, checked.ranges);
+  check_differentiable("quantized_cross_entropy",
+                       {check_quantized_cross_entropy(logits, labels, quantizer)});
   const auto results =
-      QuantizedCrossEntropy::apply(logits, ranges, labels, quantizer, ignore_index);
+      QuantizedCrossEntropy::apply(logits, quantizer.ranges, labels, quantizer, ignore_index);
   return {results[0], results[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asymq, Autograd, m) {
-  m.impl("_quantized_cross_entropy", quantized_cross_entropy_autograd);
+  m.impl("_quantized_cross_entropy", flat<quantized_cross_entropy_autograd>);
   // Without this a second derivative would silently be 0.
   m.impl("_quantized_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
 }

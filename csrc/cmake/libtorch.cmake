@@ -3,7 +3,8 @@
 #
 # torch's own CMake package is not used: that of a CUDA wheel fails on a machine without the CUDA
 # toolkit, and where there is one it overrides CMAKE_CUDA_ARCHITECTURES.
-# torch is looked for in ASYMQ_TORCH_ROOT, else where Python3_EXECUTABLE (or the first python3) has it.
+# torch is looked for in ASYMQ_TORCH_ROOT, the folder of a wheel or of a LibTorch archive without
+# Python, else where Python3_EXECUTABLE (or the first python3) has it.
 if(TARGET asymq::libtorch)
   return()
 endif()
@@ -22,10 +23,26 @@ if(NOT ASYMQ_TORCH_ROOT)
   set(ASYMQ_TORCH_ROOT ${asymq_torch_root} CACHE PATH "Folder with torch's lib and include")
 endif()
 
-file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_version REGEX "^__version__ = ")
-string(REGEX REPLACE ".*'([^']+)'.*" "\\1" ASYMQ_TORCH_VERSION "${asymq_torch_version}")
-
-file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_cuda REGEX "^cuda[: ].*= ")
+# A wheel says its version in version.py, an archive in build-version, such as 2.15.0+cu132.
+set(asymq_torch_cuda "")
+if(EXISTS ${ASYMQ_TORCH_ROOT}/version.py)
+  file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_version REGEX "^__version__ = ")
+  string(REGEX REPLACE ".*'([^']+)'.*" "\\1" ASYMQ_TORCH_VERSION "${asymq_torch_version}")
+  file(STRINGS ${ASYMQ_TORCH_ROOT}/version.py asymq_torch_cuda REGEX "^cuda[: ].*= ")
+elseif(EXISTS ${ASYMQ_TORCH_ROOT}/build-version)
+  file(STRINGS ${ASYMQ_TORCH_ROOT}/build-version ASYMQ_TORCH_VERSION LIMIT_COUNT 1)
+  # The major version is that of the runtime beside it, libcudart-<hash>.so.13, or in +cu132.
+  file(GLOB asymq_torch_cuda RELATIVE ${ASYMQ_TORCH_ROOT}/lib
+    "${ASYMQ_TORCH_ROOT}/lib/libcudart*.so.*")
+  string(REGEX REPLACE ".*\\.so" "" asymq_torch_cuda "${asymq_torch_cuda}")
+  if(NOT asymq_torch_cuda AND ASYMQ_TORCH_VERSION MATCHES "\\+cu([0-9]+)[0-9]$")
+    set(asymq_torch_cuda ${CMAKE_MATCH_1})
+  endif()
+endif()
+if(NOT ASYMQ_TORCH_VERSION OR NOT EXISTS ${ASYMQ_TORCH_ROOT}/lib/libtorch_cpu.so)
+  message(FATAL_ERROR "ASYMQ_TORCH_ROOT=${ASYMQ_TORCH_ROOT} is not torch's folder: it needs lib, "
+                      "include, and version.py (of a wheel) or build-version (of LibTorch)")
+endif()
 string(REGEX MATCH "[0-9]+" ASYMQ_TORCH_CUDA_MAJOR "${asymq_torch_cuda}")
 
 add_library(asymq::libtorch INTERFACE IMPORTED)

@@ -28,13 +28,12 @@ void check_labels(const at::Tensor& labels, int64_t ignore_index, const at::Tens
 }
 
 std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
-    const at::Tensor& logits, const at::Tensor& labels, at::TensorList ranges,
-    int64_t parameterization, int64_t bits, double eps, int64_t ignore_index) {
-  const QuantizerArguments quantizer{ranges, parameterization, bits, eps};
+    const at::Tensor& logits, const at::Tensor& labels, const QuantizerArguments& quantizer,
+    int64_t ignore_index) {
   const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
   check_labels(labels, ignore_index, logits);
   const at::Tensor ignored = labels.eq(ignore_index);
-  const at::Tensor quantized = fake_quantize_op(widen(logits), quantizer, checked.ranges);
+  const at::Tensor quantized = fake_quantize_op(widen(logits), checked.granular());
   const at::Tensor largest = quantized.amax(1, /*keepdim=*/true);
   const at::Tensor shifted = quantized - largest;
   const at::Tensor log_sum = shifted.exp().sum(1, /*keepdim=*/true).log();
@@ -45,29 +44,28 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward_composite(
     const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
-    const at::Tensor& statistics, at::TensorList ranges, int64_t parameterization, int64_t bits,
-    double eps, int64_t ignore_index, std::array<bool, 3> needs) {
-  const QuantizerArguments quantizer{ranges, parameterization, bits, eps};
-  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
-  check_grad("quantized_cross_entropy", "losses", grad, statistics.select(1, 0));
+    const at::Tensor& statistics, const QuantizerArguments& quantizer, int64_t ignore_index,
+    std::array<bool, 3> needs) {
+  const auto checked =
+      check_quantized_cross_entropy_backward(grad, logits, labels, statistics, quantizer);
   const at::Tensor ignored = labels.eq(ignore_index);
   const at::Tensor wide = widen(logits);
-  const at::Tensor quantized = fake_quantize_op(wide, quantizer, checked.ranges);
+  const at::Tensor quantized = fake_quantize_op(wide, checked.granular());
   at::Tensor dquantized =
       (quantized - statistics.narrow(1, 0, 1) - statistics.narrow(1, 1, 1)).exp();
   const at::Tensor own = labels.masked_fill(ignored, 0).unsqueeze(1);
   dquantized.scatter_add_(1, own, -at::ones_like(own, dquantized.options()));
   dquantized.mul_(grad.unsqueeze(1)).masked_fill_(ignored.unsqueeze(1), 0);
   auto [dlogits, first, second] =
-      fake_quantize_backward_op(dquantized, wide, quantizer, checked.ranges, needs);
+      fake_quantize_backward_op(dquantized, wide, checked.granular(), needs);
   return {needs[0] ? dlogits.to(logits.scalar_type()) : dlogits, first, second};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asymq, CompositeExplicitAutograd, m) {
-  m.impl("_quantized_cross_entropy", quantized_cross_entropy_composite);
-  m.impl("_quantized_cross_entropy_backward", quantized_cross_entropy_backward_composite);
+  m.impl("_quantized_cross_entropy", flat<quantized_cross_entropy_composite>);
+  m.impl("_quantized_cross_entropy_backward", flat<quantized_cross_entropy_backward_composite>);
 }
 
 }  // namespace asymq

@@ -17,7 +17,10 @@
 
 #include "cpu/common.h"
 #include "cpu/vector_loops.h"
-#include "ops/arguments.h"
+#include "ops/effective_scale_offset.h"
+#include "ops/fake_quantize.h"
+#include "ops/layout.h"
+#include "ops/quantize.h"
 
 namespace asymq {
 namespace {
@@ -282,14 +285,11 @@ struct Backward {
   }
 };
 
-at::Tensor fake_quantize_cpu(const at::Tensor& x, const at::Tensor& first,
-                             const OptionalTensor& second, const OptionalTensor& min,
-                             const OptionalTensor& max, int64_t parameterization, int64_t bits,
-                             double eps) {
-  const RangeTensors tensors{first, second, min, max};
-  const QuantizerKind kind = check_fake_quantize(x, tensors, parameterization, bits, eps);
+at::Tensor fake_quantize_cpu(const at::Tensor& x, const GranularQuantizer& quantizer) {
+  const QuantizerKind kind = check_fake_quantize(x, quantizer);
+  const at::Tensor& first = quantizer.ranges.first;
   const Layout layout = make_layout(x, first.sizes());
-  const ContiguousRanges ranges(tensors);
+  const ContiguousRanges ranges(quantizer.ranges);
   at::Tensor out = at::empty_like(x);
   dispatch_dtypes(x, first, [&](auto element, auto range) {
     using S = decltype(element);
@@ -306,14 +306,12 @@ at::Tensor fake_quantize_cpu(const at::Tensor& x, const at::Tensor& first,
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_cpu(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& first,
-    const OptionalTensor& second, const OptionalTensor& min, const OptionalTensor& max,
-    int64_t parameterization, int64_t bits, double eps, std::array<bool, 3> needs) {
-  const RangeTensors tensors{first, second, min, max};
-  const QuantizerKind kind = check_fake_quantize(x, tensors, parameterization, bits, eps);
-  check_grad(grad, x, parameterization);
+    const at::Tensor& grad, const at::Tensor& x, const GranularQuantizer& quantizer,
+    std::array<bool, 3> needs) {
+  const QuantizerKind kind = check_fake_quantize_backward(grad, x, quantizer);
+  const at::Tensor& first = quantizer.ranges.first;
   const Layout layout = make_layout(x, first.sizes());
-  const ContiguousRanges ranges(tensors);
+  const ContiguousRanges ranges(quantizer.ranges);
   const at::Tensor upstream = match_layout(grad, x);
   const auto like_range = [&](bool needed) {
     return needed ? at::empty(first.sizes(), first.options()) : at::Tensor();
@@ -390,7 +388,7 @@ void dispatch_codes(const at::Tensor& codes, const Body& body) {
 
 at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
                         int64_t bits, double eps) {
-  const QuantizerKind kind = check_quantize("quantize", x, scale, offset, bits, eps);
+  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps);
   const bool symmetric = is_symmetric(kind);
   const Layout layout = make_layout(x, scale.sizes());
   const ContiguousRanges ranges({scale, offset, {}, {}});
@@ -414,7 +412,7 @@ at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const Opti
 
 at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
                           const OptionalTensor& offset, int64_t bits, double eps) {
-  const QuantizerKind kind = check_quantize("dequantize", codes, scale, offset, bits, eps);
+  const QuantizerKind kind = check_dequantize(codes, scale, offset, bits, eps);
   const Layout layout = make_layout(codes, scale.sizes());
   const ContiguousRanges ranges({scale, offset, {}, {}});
   at::Tensor out = at::empty_like(codes, codes.options().dtype(scale.scalar_type()));
@@ -431,12 +429,10 @@ at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> effective_scale_offset_cpu(
-    const at::Tensor& first, const OptionalTensor& second, const OptionalTensor& min,
-    const OptionalTensor& max, int64_t parameterization, int64_t bits, double eps) {
-  const RangeTensors tensors{first, second, min, max};
-  const QuantizerKind kind = check_ranges(tensors, parameterization, bits, eps);
-  const ContiguousRanges ranges(tensors);
+std::tuple<at::Tensor, at::Tensor> effective_scale_offset_cpu(const GranularQuantizer& quantizer) {
+  const QuantizerKind kind = check_effective_scale_offset(quantizer);
+  const at::Tensor& first = quantizer.ranges.first;
+  const ContiguousRanges ranges(quantizer.ranges);
   at::Tensor scale = at::empty(first.sizes(), first.options());
   at::Tensor offset = at::empty(first.sizes(), first.options());
   AT_DISPATCH_FLOATING_TYPES(first.scalar_type(), "effective_scale_offset", [&] {
@@ -455,11 +451,11 @@ std::tuple<at::Tensor, at::Tensor> effective_scale_offset_cpu(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asymq, CPU, m) {
-  m.impl("_fake_quantize", fake_quantize_cpu);
-  m.impl("_fake_quantize_backward", fake_quantize_backward_cpu);
+  m.impl("_fake_quantize", flat<fake_quantize_cpu>);
+  m.impl("_fake_quantize_backward", flat<fake_quantize_backward_cpu>);
   m.impl("quantize", quantize_cpu);
   m.impl("dequantize", dequantize_cpu);
-  m.impl("_effective_scale_offset", effective_scale_offset_cpu);
+  m.impl("_effective_scale_offset", flat<effective_scale_offset_cpu>);
 }
 
 }  // namespace asymq

@@ -1,5 +1,8 @@
 // CPU kernels of the quantized GELU. A task's elements pass through a buffer, and GELU is torch's,
-// which has it vectorized.
+// which has it vectorized. Called on whole tensors its bits would depend on the number of threads:
+// the elements that a thread has left over are not computed as the others are.
+#include "ops/quantized_gelu.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -63,13 +66,9 @@ void backward(const S* grad, const S* x, S* dx, int64_t numel,
   });
 }
 
-at::Tensor quantized_gelu_cpu(const at::Tensor& x, at::TensorList input_ranges,
-                              int64_t input_parameterization, int64_t input_bits, double input_eps,
-                              at::TensorList output_ranges, int64_t output_parameterization,
-                              int64_t output_bits, double output_eps) {
-  const QuantizerPair pair =
-      check_quantized_gelu(x, {input_ranges, input_parameterization, input_bits, input_eps},
-                           {output_ranges, output_parameterization, output_bits, output_eps});
+at::Tensor quantized_gelu_cpu(const at::Tensor& x, const QuantizerArguments& input,
+                              const QuantizerArguments& output) {
+  const QuantizerPair pair = check_quantized_gelu(x, input, output);
   at::Tensor out = at::empty_like(x);
   const at::Tensor dense = match_layout(x, x);
   dispatch_dtypes(x, pair.before.ranges.first, [&](auto element, auto range) {
@@ -81,14 +80,9 @@ at::Tensor quantized_gelu_cpu(const at::Tensor& x, at::TensorList input_ranges,
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantized_gelu_backward_cpu(
-    const at::Tensor& grad, const at::Tensor& x, at::TensorList input_ranges,
-    int64_t input_parameterization, int64_t input_bits, double input_eps,
-    at::TensorList output_ranges, int64_t output_parameterization, int64_t output_bits,
-    double output_eps, std::array<bool, 5> needs) {
-  const QuantizerPair pair =
-      check_quantized_gelu(x, {input_ranges, input_parameterization, input_bits, input_eps},
-                           {output_ranges, output_parameterization, output_bits, output_eps});
-  check_grad("quantized_gelu", "x", grad, x);
+    const at::Tensor& grad, const at::Tensor& x, const QuantizerArguments& input,
+    const QuantizerArguments& output, std::array<bool, 5> needs) {
+  const QuantizerPair pair = check_quantized_gelu_backward(grad, x, input, output);
   at::Tensor dx = needs[0] ? at::empty_like(x) : at::Tensor();
   const auto gradients = empty_gradients(pair, needs);
   const at::Tensor dense = match_layout(x, x), upstream = match_layout(grad, x);
@@ -107,8 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantized
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asymq, CPU, m) {
-  m.impl("_quantized_gelu", quantized_gelu_cpu);
-  m.impl("_quantized_gelu_backward", quantized_gelu_backward_cpu);
+  m.impl("_quantized_gelu", flat<quantized_gelu_cpu>);
+  m.impl("_quantized_gelu_backward", flat<quantized_gelu_backward_cpu>);
 }
 
 }  // namespace asymq

@@ -1,5 +1,7 @@
 // CPU kernels of the quantized softmax. A task takes whole rows: their probabilities pass through a
 // buffer, and exp is torch's, which has it vectorized.
+#include "ops/quantized_softmax.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -170,14 +172,9 @@ Softmax<S> make_softmax(const at::Tensor& scores, const QuantizerPair& pair,
 }
 
 std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
-    const at::Tensor& scores, const OptionalTensor& mask, bool causal, at::TensorList scores_ranges,
-    int64_t scores_parameterization, int64_t scores_bits, double scores_eps,
-    at::TensorList probabilities_ranges, int64_t probabilities_parameterization,
-    int64_t probabilities_bits, double probabilities_eps) {
-  const QuantizerPair pair = check_quantized_softmax(
-      scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
-      {probabilities_ranges, probabilities_parameterization, probabilities_bits,
-       probabilities_eps});
+    const at::Tensor& scores, const OptionalTensor& mask, bool causal,
+    const QuantizerArguments& of_scores, const QuantizerArguments& of_probabilities) {
+  const QuantizerPair pair = check_quantized_softmax(scores, mask, of_scores, of_probabilities);
   const at::Tensor dense = scores.contiguous();
   const MaskTensor mask_tensor(mask, scores, causal);
   at::Tensor out = at::empty(scores.sizes(), scores.options());
@@ -194,16 +191,11 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 quantized_softmax_backward_cpu(const at::Tensor& grad, const at::Tensor& scores,
                                const at::Tensor& statistics, const OptionalTensor& mask,
-                               bool causal, at::TensorList scores_ranges,
-                               int64_t scores_parameterization, int64_t scores_bits,
-                               double scores_eps, at::TensorList probabilities_ranges,
-                               int64_t probabilities_parameterization, int64_t probabilities_bits,
-                               double probabilities_eps, std::array<bool, 5> needs) {
-  const QuantizerPair pair = check_quantized_softmax(
-      scores, mask, {scores_ranges, scores_parameterization, scores_bits, scores_eps},
-      {probabilities_ranges, probabilities_parameterization, probabilities_bits,
-       probabilities_eps});
-  check_grad("quantized_softmax", "scores", grad, scores);
+                               bool causal, const QuantizerArguments& of_scores,
+                               const QuantizerArguments& of_probabilities,
+                               std::array<bool, 5> needs) {
+  const QuantizerPair pair =
+      check_quantized_softmax_backward(grad, scores, mask, of_scores, of_probabilities);
   const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
   const MaskTensor mask_tensor(mask, scores, causal);
   at::Tensor dscores = needs[0] ? at::empty(scores.sizes(), scores.options()) : at::Tensor();
@@ -224,8 +216,8 @@ quantized_softmax_backward_cpu(const at::Tensor& grad, const at::Tensor& scores,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asymq, CPU, m) {
-  m.impl("_quantized_softmax", quantized_softmax_cpu);
-  m.impl("_quantized_softmax_backward", quantized_softmax_backward_cpu);
+  m.impl("_quantized_softmax", flat<quantized_softmax_cpu>);
+  m.impl("_quantized_softmax_backward", flat<quantized_softmax_backward_cpu>);
 }
 
 }  // namespace asymq

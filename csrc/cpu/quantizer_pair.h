@@ -9,7 +9,9 @@
 
 #include "cpu/common.h"
 #include "cpu/vector_loops.h"
-#include "ops/arguments.h"
+#include "ops/gradients.h"
+#include "ops/layout.h"
+#include "ops/quantizer.h"
 
 namespace asymq::cpu {
 

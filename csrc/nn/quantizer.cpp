@@ -130,8 +130,10 @@ Tensor QuantizerImpl::forward(const Tensor& x) {
     if (!ranges_[i].defined()) return std::nullopt;
     return shape == range_shape_ ? ranges_[i] : ranges_[i].view(shape);
   };
-  return fake_quantize_op(x, *range(0), range(1), range(2), range(3), parameterization_,
-                          options.bits(), options.eps());
+  return fake_quantize_op(x, {{*range(0), range(1), range(2), range(3)},
+                              parameterization_,
+                              options.bits(),
+                              options.eps()});
 }
 
 std::vector<int64_t> QuantizerImpl::shape_on(const Tensor& x) const {

@@ -1,41 +1,32 @@
-// C++ callers of the private operators. Each goes through the dispatcher.
+// The private operators that all fake-quantize functions become.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <optional>
 #include <tuple>
 
-#include "ops/arguments.h"
+#include "ops/checks.h"
+#include "ops/flat.h"
+#include "ops/quantizer.h"
 
 namespace asymq {
 
-at::Tensor fake_quantize_op(const at::Tensor& x, const at::Tensor& first,
-                            const std::optional<at::Tensor>& second,
-                            const std::optional<at::Tensor>& min,
-                            const std::optional<at::Tensor>& max, int64_t parameterization,
-                            int64_t bits, double eps);
+inline constexpr Op<"asymq::_fake_quantize",
+                    at::Tensor(const at::Tensor& x, const GranularQuantizer& quantizer)>
+    fake_quantize_op;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_op(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& first,
-    const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& min,
-    const std::optional<at::Tensor>& max, int64_t parameterization, int64_t bits, double eps,
-    std::array<bool, 3> needs);
+/// dL/dx, then the gradients of first and second.
+inline constexpr Op<"asymq::_fake_quantize_backward",
+                    std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                        const at::Tensor& grad, const at::Tensor& x,
+                        const GranularQuantizer& quantizer, std::array<bool, 3> needs)>
+    fake_quantize_backward_op;
 
-/// The same with a quantizer's arguments and their list of ranges.
-inline at::Tensor fake_quantize_op(const at::Tensor& x, const QuantizerArguments& quantizer,
-                                   const ListedRanges& ranges) {
-  return fake_quantize_op(x, ranges.first, ranges.second, ranges.min, ranges.max,
-                          quantizer.parameterization, quantizer.bits, quantizer.eps);
-}
+QuantizerKind check_fake_quantize(const at::Tensor& x, const GranularQuantizer& quantizer);
 
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_op(
-    const at::Tensor& grad, const at::Tensor& x, const QuantizerArguments& quantizer,
-    const ListedRanges& ranges, std::array<bool, 3> needs) {
-  return fake_quantize_backward_op(grad, x, ranges.first, ranges.second, ranges.min, ranges.max,
-                                   quantizer.parameterization, quantizer.bits, quantizer.eps,
-                                   needs);
-}
+/// The same, and of the upstream gradient.
+QuantizerKind check_fake_quantize_backward(const at::Tensor& grad, const at::Tensor& x,
+                                           const GranularQuantizer& quantizer);
 
 }  // namespace asymq

@@ -1,5 +1,4 @@
-// C++ callers of the private operators behind quantized_cross_entropy. Each goes through the
-// dispatcher.
+// The private operators behind quantized_cross_entropy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,21 +6,36 @@
 #include <array>
 #include <tuple>
 
-#include "ops/arguments.h"
+#include "ops/flat.h"
+#include "ops/quantizer.h"
 
 namespace asymq {
 
 /// Losses, and of each row the largest quantized logit and the logarithm of the sum of
 /// e^(quantized logit - largest).
-std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_op(const at::Tensor& logits,
-                                                              const at::Tensor& labels,
-                                                              const QuantizerArguments& quantizer,
-                                                              int64_t ignore_index);
+inline constexpr Op<"asymq::_quantized_cross_entropy",
+                    std::tuple<at::Tensor, at::Tensor>(
+                        const at::Tensor& logits, const at::Tensor& labels,
+                        const QuantizerArguments& quantizer, int64_t ignore_index)>
+    quantized_cross_entropy_op;
 
 /// dL/dlogits, then the gradients of first and second of the range.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward_op(
-    const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
-    const at::Tensor& statistics, const QuantizerArguments& quantizer, int64_t ignore_index,
-    std::array<bool, 3> needs);
+inline constexpr Op<"asymq::_quantized_cross_entropy_backward",
+                    std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                        const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
+                        const at::Tensor& statistics, const QuantizerArguments& quantizer,
+                        int64_t ignore_index, std::array<bool, 3> needs)>
+    quantized_cross_entropy_backward_op;
+
+/// Sizes may be symbolic; what the labels say is not looked at.
+CheckedQuantizer check_quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
+                                               const QuantizerArguments& quantizer);
+
+/// The same, and of the upstream gradient.
+CheckedQuantizer check_quantized_cross_entropy_backward(const at::Tensor& grad,
+                                                        const at::Tensor& logits,
+                                                        const at::Tensor& labels,
+                                                        const at::Tensor& statistics,
+                                                        const QuantizerArguments& quantizer);
 
 }  // namespace asymq

@@ -1,73 +1,89 @@
-// The public function and the calls of its private operators.
 #include "ops/quantized_softmax.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "asymq/quantized_softmax.h"
+#include "ops/checks.h"
 
 namespace asymq {
 namespace {
 
-using ForwardOp = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&, bool,
-                                                     at::TensorList, int64_t, int64_t, double,
-                                                     at::TensorList, int64_t, int64_t, double);
-using BackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-    const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
-    at::TensorList, int64_t, int64_t, double, at::TensorList, int64_t, int64_t, double,
-    std::array<bool, 5>);
+constexpr const char* kOp = "quantized_softmax";
 
-at::Tensor quantized_softmax_by_name(const at::Tensor& scores, const OptionalTensor& mask,
-                                     bool causal, std::string_view scores_parameterization,
-                                     at::TensorList scores_parameters, int64_t scores_bits,
-                                     bool scores_symmetric, bool scores_sigmoid, double scores_eps,
-                                     std::string_view probabilities_parameterization,
-                                     at::TensorList probabilities_parameters,
-                                     int64_t probabilities_bits, bool probabilities_symmetric,
-                                     bool probabilities_sigmoid, double probabilities_eps) {
-  return quantized_softmax(
-      scores, mask, causal,
-      {scores_parameterization, scores_parameters, scores_bits, scores_symmetric, scores_sigmoid,
-       scores_eps},
-      {probabilities_parameterization, probabilities_parameters, probabilities_bits,
-       probabilities_symmetric, probabilities_sigmoid, probabilities_eps});
+void check_mask(const at::Tensor& mask, const at::Tensor& scores) {
+  constexpr Where where{kOp};
+  TORCH_CHECK(mask.scalar_type() == at::kBool || mask.is_floating_point(), where,
+              ": mask must be bool (true: seen) or floating (added), got ", mask.scalar_type());
+  TORCH_CHECK(mask.device() == scores.device(), where, ": mask must be on the scores' device ",
+              scores.device(), ", got ", mask.device());
+  const auto sizes = mask.sym_sizes();
+  const auto wanted = scores.sym_sizes();
+  bool fits = sizes.size() <= 4;
+  for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
+    const auto& size = sizes[sizes.size() - 1 - axis];
+    fits = size == 1 || size == wanted[3 - axis];
+  }
+  TORCH_CHECK(fits, where, ": mask has shape ", sizes,
+              ", which does not broadcast against the scores' shape ", wanted);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> quantized_softmax_op(const at::Tensor& scores,
-                                                        const OptionalTensor& mask, bool causal,
-                                                        const QuantizerArguments& s,
-                                                        const QuantizerArguments& p) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("asymq::_quantized_softmax", "")
-                             .typed<ForwardOp>();
-  return op.call(scores, mask, causal, s.ranges, s.parameterization, s.bits, s.eps, p.ranges,
-                 p.parameterization, p.bits, p.eps);
+QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                      const QuantizerArguments& of_scores,
+                                      const QuantizerArguments& of_probabilities) {
+  constexpr Where where{kOp};
+  TORCH_CHECK(scores.dim() == 4, where,
+              ": scores must have 4 dimensions, [batch, heads, queries, keys], got shape ",
+              scores.sym_sizes());
+  check_elements(where, "scores", scores);
+  TORCH_CHECK(scores.sym_size(3) <= std::numeric_limits<int>::max(), where,
+              ": scores must have less than 2^31 keys, got ", scores.sym_size(3));
+  if (mask.has_value()) check_mask(*mask, scores);
+  return check_quantizers(kOp, "scores", scores, "scores' ", of_scores, "probabilities' ",
+                          of_probabilities);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-quantized_softmax_backward_op(const at::Tensor& grad, const at::Tensor& scores,
-                              const at::Tensor& statistics, const OptionalTensor& mask, bool causal,
-                              const QuantizerArguments& s, const QuantizerArguments& p,
-                              std::array<bool, 5> needs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("asymq::_quantized_softmax_backward", "")
-                             .typed<BackwardOp>();
-  return op.call(grad, scores, statistics, mask, causal, s.ranges, s.parameterization, s.bits,
-                 s.eps, p.ranges, p.parameterization, p.bits, p.eps, needs);
+QuantizerPair check_quantized_softmax_backward(const at::Tensor& grad, const at::Tensor& scores,
+                                               const OptionalTensor& mask,
+                                               const QuantizerArguments& of_scores,
+                                               const QuantizerArguments& of_probabilities) {
+  check_grad({kOp}, "scores", grad, scores);
+  return check_quantized_softmax(scores, mask, of_scores, of_probabilities);
+}
+
+double hiding_value(at::ScalarType mask) {
+  double value = 0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask, kOp, [&] {
+    value = static_cast<double>(static_cast<scalar_t>(-1e4));
+  });
+  return value;
+}
+
+MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal)
+    : causal_(causal) {
+  if (!mask.has_value()) return;
+  tensor_ = *mask;
+  if (tensor_.scalar_type() != at::kBool) {
+    hides_ = hiding_value(tensor_.scalar_type());
+    tensor_ = tensor_.to(compute_dtype(scores.scalar_type()));
+  }
+  tensor_ = tensor_.expand(scores.sizes());
 }
 
 at::Tensor quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask, bool causal,
                              const RangeArguments& scores_range,
                              const RangeArguments& probabilities_range) {
-  constexpr const char* op = "quantized_softmax";
-  return std::get<0>(quantized_softmax_op(scores, mask, causal, by_position(op, scores_range),
-                                          by_position(op, probabilities_range)));
+  return std::get<0>(quantized_softmax_op(scores, mask, causal, by_position(kOp, scores_range),
+                                          by_position(kOp, probabilities_range)));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
-  m.impl("quantized_softmax", quantized_softmax_by_name);
+  m.impl("quantized_softmax", flat<quantized_softmax>);
 }
 
 }  // namespace asymq

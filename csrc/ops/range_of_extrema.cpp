@@ -2,10 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "asymq/fake_quantize.h"
-#include "ops/arguments.h"
+#include "ops/checks.h"
 
 namespace asymq {
 namespace {
@@ -19,14 +17,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(const at::Tensor
                                                                 const at::Tensor& max, int64_t bits,
                                                                 bool symmetric, bool force_zero,
                                                                 double fallback, double eps) {
-  constexpr const char* op = "range_of_extrema";
-  check_ends(op, min, max, bits);
-  TORCH_CHECK(min.scalar_type() == at::kFloat || min.scalar_type() == at::kDouble, "asymq::", op,
+  constexpr Where where{"range_of_extrema"};
+  check_bits(where, bits);
+  check_positive(where, "fallback", fallback);
+  check_positive(where, "eps", eps);
+  check_ends(where, min, max);
+  TORCH_CHECK(min.scalar_type() == at::kFloat || min.scalar_type() == at::kDouble, where,
               ": min must be float32 or float64, got ", min.scalar_type());
-  for (const auto& [name, value] : {std::pair("fallback", fallback), std::pair("eps", eps)}) {
-    TORCH_CHECK(value > 0 && std::isfinite(value), "asymq::", op, ": ", name,
-                " must be positive and finite, got ", value);
-  }
   at::Tensor low = min.detach(), high = max.detach();
   const double least_width = grid_steps<double>(static_cast<int>(bits)) * eps;
   if (symmetric) {

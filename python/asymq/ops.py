@@ -13,7 +13,8 @@ Common to all functions:
 - A grid starts at s·rint(z): torch's ``zero_point`` is -rint(z) with quant_min 0, quant_max k.
 - Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
   Ranges for Quantization-Aware Training". NaN counts as inside the range, infinities saturate.
-- Arguments that do not fit raise RuntimeError, second derivatives too.
+- Arguments that do not fit raise RuntimeError, second derivatives too, and torch.func's transforms
+  that differentiate: `asymq.reference` is what these can be taken of.
 """
 
 from typing import NamedTuple
@@ -189,10 +190,11 @@ def quantized_softmax(
 
     scores: [batch, heads, queries, keys]. All arithmetic is in float32 (float64 for float64
     scores), rounded to the scores' dtype once, at the end. mask: bool (True: the query sees the
-    key) or floating (added to the quantized scores; half its dtype's lowest value and below hides
-    the key), broadcast against the scores, without gradient. causal: query q sees keys up to
-    q + keys - queries, in addition to the mask. A query that sees no key has the probability 0 for
-    all, and no gradient. Dense in memory, whatever the scores' strides.
+    key) or floating (added to the quantized scores; -1e4 and less, as its dtype has it, hides the
+    key, and what is above, such as ALiBi's biases, makes scores), broadcast against the scores,
+    without gradient. causal: query q sees keys up to q + keys - queries, in addition to the mask. A
+    query that sees no key has the probability 0 for all, and no gradient. Dense in memory, whatever
+    the scores' strides.
 
     Differentiable with respect to scores and learned parameters, straight-through at both
     quantizers; saves the scores and two numbers per row.
@@ -214,8 +216,8 @@ def quantized_gelu(x: Tensor, input_range: RangeArguments, output_range: RangeAr
 def quantized_cross_entropy(
     logits: Tensor, labels: Tensor, range: RangeArguments, *, ignore_index: int = -100
 ) -> Tensor:
-    """The loss of every row, -log softmax(fake_quantize(logits))[label], in one kernel each way; 0
-    where the label is ``ignore_index``.
+    """The loss of every row, -log softmax(fake_quantize(logits))[label], on CUDA in one kernel each
+    way; 0 where the label is ``ignore_index``.
 
     logits: [tokens, classes]. labels: [tokens], int64. Returns [tokens] in float32 (float64 for
     float64 logits), which is also what all arithmetic is in. A label that is neither a class nor

@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Grid(NamedTuple):
@@ -306,11 +305,32 @@ def _elements(x: Tensor, grid: Grid, k: int):
     return blocks, u, u.round(), scale, n, p
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _Once(torch.autograd.Function):
+    """A first derivative that depends on `others`, of which the second is an error: torch's
+    once_differentiable would make it 0 under torch.func."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, name, k, eps, *parameters):
-        ctx.save_for_backward(x, *parameters)
-        ctx.name, ctx.k, ctx.eps = name, k, eps
+    def forward(value, *others):
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("asymq.reference: fake_quantize has no second derivative")
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """In the form that torch.func's transforms see through."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, name, k, eps, *parameters):
         grid = PARAMETERIZATIONS[name].grid(k, eps, *parameters)
         blocks, _, r, scale, n, p = _elements(x, grid, k)
         # Compare and select: NaN counts as inside, and clamp's own gradient plays no part.
@@ -318,9 +338,21 @@ class _FakeQuantize(torch.autograd.Function):
         return blocks.join((scale * r).to(x.dtype))
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        x, ctx.name, ctx.k, ctx.eps, *parameters = inputs
+        ctx.save_for_backward(x, *parameters)
+
+    @staticmethod
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _FakeQuantize.gradients(ctx, grad, x, *parameters)
+        of = [None if g is None else _Once.apply(g, grad, x, *parameters) for g in gradients]
+        return of[0], None, None, None, *of[1:]
+
+    @staticmethod
+    def gradients(ctx, grad, x, *parameters):
+        """Of x and the parameters, None where not needed."""
         need_x, _, _, _, *need_parameters = ctx.needs_input_grad
         parameterization = PARAMETERIZATIONS[ctx.name]
         grid = parameterization.grid(ctx.k, ctx.eps, *parameters)
@@ -343,7 +375,7 @@ class _FakeQuantize(torch.autograd.Function):
             for i, (row, parameter) in enumerate(zip(rows, parameters, strict=False)):
                 if need_parameters[i]:
                     gradients[i] = row.to(parameter.dtype)
-        return grad_x, None, None, None, *gradients
+        return grad_x, *gradients
 
 
 def _fake_quantize(name: str, x: Tensor, bits: int, eps: float, *parameters: Tensor) -> Tensor:

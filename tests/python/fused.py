@@ -10,6 +10,7 @@ from samples import PARAMETERIZATIONS
 from torch import Tensor
 
 import asymq
+from asymq import reference
 from asymq.ops import RangeArguments
 
 
@@ -59,6 +60,16 @@ def moved(range_: RangeArguments, device) -> RangeArguments:
 def flat(range_: RangeArguments) -> tuple:
     """As the public operators take it."""
     return (range_.parameterization, list(range_.parameters), *range_[2:])
+
+
+def named(name: str, range_: RangeArguments, whose: str = "") -> dict:
+    """As the private operators take it, by their arguments' names."""
+    return {
+        f"{whose}ranges": list(range_.parameters),
+        f"{whose}parameterization": list(reference.PARAMETERIZATIONS).index(name),
+        f"{whose}bits": range_.bits,
+        f"{whose}eps": range_.eps,
+    }
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -135,6 +146,21 @@ def assert_compiles(call, leaves: list[Tensor], backend: str, dynamic: bool) -> 
     grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
     for actual, expected in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
         assert torch.equal(actual, expected)
+
+
+def assert_transforms_say_so(call, x: Tensor, name: str) -> None:
+    """torch.func cannot differentiate call(x): one sentence of ours names the operator and the way
+    out."""
+    message = rf"asymq::{name}: torch.func cannot differentiate .*use_functions\(\"reference\"\)"
+    x = x.detach()
+    for transformed in (
+        torch.func.grad(lambda x: call(x).sum()),
+        torch.func.jacrev(call),
+        lambda x: torch.func.jvp(call, (x,), (x,)),
+        lambda x: torch.func.vmap(torch.func.grad(lambda x: call(x).sum()))(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            transformed(x)
 
 
 def assert_no_second_derivative(out: Tensor, leaf: Tensor, name: str) -> None:

@@ -12,12 +12,14 @@ from fused import (
     assert_no_second_derivative,
     assert_range_gradient,
     assert_repeatable,
+    assert_transforms_say_so,
     assert_wanted_gradients_alone,
     close,
     fake_quantize,
     flat,
     learned,
     moved,
+    named,
     opcheck_private,
     quantizer,
     wide,
@@ -121,7 +123,7 @@ def test_statistics(device):
     logits, labels, range_ = inputs(case, device)
     with torch.no_grad():
         _, statistics = torch.ops.asymq._quantized_cross_entropy(
-            logits, labels, list(range_.parameters), 1, range_.bits, range_.eps, -100
+            logits=logits, labels=labels, ignore_index=-100, **named(case.name, range_)
         )
         quantized = fake_quantize(logits, case.name, range_)
     seen = labels != -100
@@ -211,6 +213,13 @@ def test_second_derivative_raises(device):
     logits, labels, range_ = inputs(Case(), device)
     losses = quantized_cross_entropy(logits, labels, range_)
     assert_no_second_derivative(losses, logits, "_quantized_cross_entropy_backward")
+
+
+def test_transforms_say_so(device):
+    logits, labels, range_ = inputs(Case(), device)
+    assert_transforms_say_so(
+        lambda x: quantized_cross_entropy(x, labels, range_), logits, "quantized_cross_entropy"
+    )
 
 
 def test_errors(device):

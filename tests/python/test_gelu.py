@@ -13,6 +13,7 @@ from fused import (
     assert_no_second_derivative,
     assert_range_gradient,
     assert_repeatable,
+    assert_transforms_say_so,
     assert_wanted_gradients_alone,
     close,
     fake_quantize,
@@ -193,6 +194,11 @@ def test_compile(backend, dynamic, device):
 def test_second_derivative_raises(device):
     x, ranges = inputs(Case(), device)
     assert_no_second_derivative(quantized_gelu(x, *ranges), x, "_quantized_gelu_backward")
+
+
+def test_transforms_say_so(device):
+    x, ranges = inputs(Case(), device)
+    assert_transforms_say_so(lambda x: quantized_gelu(x, *ranges), x, "quantized_gelu")
 
 
 def test_errors(device):

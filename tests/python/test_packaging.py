@@ -152,4 +152,115 @@ def test_isolated_build_names_the_missing_flag(tmp_path):
         (tmp_path / name).symlink_to(package)
     result = run(sys.executable, "-S", "setup.py", "--version", cwd=tmp_path)
     assert result.returncode != 0
-    assert "--no-build-isolation" in result.stderr.strip().splitlines()[-1]
+    message = result.stderr.strip().splitlines()[-1]
+    assert "--no-build-isolation" in message
+    assert f"{sys.executable} has none" in message
+
+
+def test_a_build_tree_per_generator(tmp_path):
+    """Ninja may be installed between two builds."""
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("asymq", "asymq/experiments", "asymq/models"):
+        (tmp_path / "python" / name).mkdir(parents=True, exist_ok=True)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    trees = {}
+    for tool, generator in (("cmake", "Unix Makefiles"), ("ninja", "Ninja")):
+        (tools / tool).write_text('#!/bin/sh\necho "[$@]"\n')
+        (tools / tool).chmod(0o755)
+        text = checked(sys.executable, "setup.py", "build_ext", cwd=tmp_path, PATH=str(tools))
+        assert f"-G {generator} " in text
+        trees[generator] = text.split(" -B ")[1].split()[0]
+    assert trees["Ninja"] != trees["Unix Makefiles"]
+    assert all(f"torch-{torch.__version__}" in tree for tree in trees.values())
+
+
+def libtorch_archive(folder, version):
+    """What is in LibTorch's archives, of this torch's files: no Python."""
+    root = folder / "libtorch"
+    root.mkdir()
+    (root / "build-version").write_text(f"{version}\n")
+    for name in ("lib", "include"):
+        (root / name).symlink_to(Path(torch.__file__).parent / name)
+    return root
+
+
+FIND_TORCH = """
+cmake_minimum_required(VERSION 3.24)
+project(find_torch LANGUAGES CXX)
+include(%s/csrc/cmake/libtorch.cmake)
+message(STATUS "found ${ASYMQ_TORCH_VERSION}, CUDA [${ASYMQ_TORCH_CUDA_MAJOR}]")
+"""
+
+
+@pytest.mark.parametrize(
+    "version, files, cuda",
+    [
+        ("2.11.0+cpu", (), ""),
+        ("2.11.0+cu126", (), "12"),
+        ("2.15.0+cu132", ("libcudart-9335f6a2.so.13",), "13"),
+        ("2.15.0", ("libcudart.so.13", "libcudart.so.13.2.1"), "13"),
+    ],
+)
+def test_finds_libtorch_without_python(version, files, cuda, tmp_path):
+    root = tmp_path / "libtorch"
+    (root / "lib").mkdir(parents=True)
+    (root / "build-version").write_text(f"{version}\n")
+    for name in ("libtorch_cpu.so", *files):
+        (root / "lib" / name).touch()
+    (tmp_path / "CMakeLists.txt").write_text(FIND_TORCH % ROOT)
+    text = checked("cmake", f"-DASYMQ_TORCH_ROOT={root}", "-B", "build", cwd=tmp_path)
+    assert f"found {version}, CUDA [{cuda}]" in text
+
+
+def test_a_folder_without_torch_is_one_clear_sentence(tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(FIND_TORCH % ROOT)
+    result = run("cmake", f"-DASYMQ_TORCH_ROOT={tmp_path}", "-B", "build", cwd=tmp_path)
+    assert result.returncode != 0
+    message = " ".join(result.stderr.split())
+    assert f"ASYMQ_TORCH_ROOT={tmp_path} is not torch's folder" in message
+    assert "version.py" in message and "build-version" in message
+
+
+USER = """
+cmake_minimum_required(VERSION 3.24)
+project(user LANGUAGES CXX)
+add_subdirectory(%s asymq)
+add_executable(user main.cpp)
+target_link_libraries(user PRIVATE asymq::asymq)
+install(TARGETS user)
+"""
+
+USER_MAIN = """
+#include <ATen/ATen.h>
+#include <asymq/asymq.h>
+
+int main() {
+  const at::Tensor end = at::ones({1});
+  const at::Tensor x = asymq::fake_quantize_min_max(at::full({3}, 2.0), -end, end, 8);
+  return at::allclose(x, at::ones({3}), 1e-2) ? 0 : 1;
+}
+"""
+
+
+def test_part_of_a_project_against_libtorch_without_python(tmp_path):
+    """The installed program runs without the build tree, beside what C++ needs and no more."""
+    root = libtorch_archive(tmp_path, torch.__version__)
+    (tmp_path / "CMakeLists.txt").write_text(USER % ROOT)
+    (tmp_path / "main.cpp").write_text(USER_MAIN)
+    prefix, build = tmp_path / "prefix", tmp_path / "build"
+    options = {
+        "ASYMQ_TORCH_ROOT": root,
+        "ASYMQ_CUDA": "OFF",
+        "Python3_EXECUTABLE": "/nonexistent",
+        "CMAKE_INSTALL_PREFIX": prefix,
+    }
+    checked("cmake", *(f"-D{k}={v}" for k, v in options.items()), "-B", build, cwd=tmp_path)
+    checked("cmake", "--build", build, "--parallel", os.cpu_count(), cwd=tmp_path)
+    checked("cmake", "--install", build, cwd=tmp_path)
+    shutil.rmtree(build)
+    checked(prefix / "bin" / "user", cwd=tmp_path)
+    installed = {p.relative_to(prefix).parts[0] for p in prefix.rglob("*")}
+    assert installed == {"bin", "include", "lib", "share"}
+    assert not list(prefix.rglob("*.py"))

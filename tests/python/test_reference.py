@@ -112,3 +112,51 @@ def test_errors():
         reference.fake_quantize_symmetric_gamma(x, one, one.clone().requires_grad_(), bits=8)
     with pytest.raises(ValueError, match="'kscale_koffset' with symmetric=True"):
         reference.effective_scale_offset("kscale_koffset", one, bits=8, symmetric=True)
+
+
+@pytest.mark.parametrize("granularity", ["one", "last"])
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_torch_func(name, granularity):
+    sample = Sample(name, granularity=granularity)
+    x, parameters, grad = sample.build()
+    learned = len(sample.spec.learned)
+
+    def loss(x, *parameters):
+        return (sample.call(reference, x, *parameters) * grad).sum()
+
+    expected = torch.autograd.grad(loss(x, *parameters), (x, *parameters[:learned]))
+    tensors = [t.detach() for t in (x, *parameters)]
+    places = tuple(range(1 + learned))
+    for a, e in zip(torch.func.grad(loss, places)(*tensors), expected, strict=True):
+        assert_bit_equal(a, e)
+
+
+def test_gradients_of_each_sample():
+    x, parameters, _ = Sample("min_max").build()
+    tensors = [t.detach() for t in parameters]
+
+    def loss(x, *parameters):
+        return reference.fake_quantize_min_max(x, *parameters, bits=4).square().sum()
+
+    places = (0, 1, 2)
+    actual = torch.func.vmap(torch.func.grad(loss, places), (0, None, None))(x.detach(), *tensors)
+    each = [torch.func.grad(loss, places)(v, *tensors) for v in x.detach()]
+    for a, e in zip(actual, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(e))
+
+
+def test_second_derivatives_raise():
+    """Never a silent zero."""
+    x, parameters, _ = Sample("min_max").build()
+    tensors = [t.detach() for t in parameters]
+
+    def loss(x, *parameters):
+        return reference.fake_quantize_min_max(x, *parameters, bits=4).square().sum()
+
+    (grad,) = torch.autograd.grad(loss(x, *parameters), x, create_graph=True)
+    message = "asymq.reference: fake_quantize has no second derivative"
+    with pytest.raises(RuntimeError, match=message):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=message):
+        first = torch.func.grad(loss)
+        torch.func.grad(lambda x: first(x, *tensors).sum())(x.detach())

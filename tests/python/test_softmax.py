@@ -14,11 +14,13 @@ from fused import (
     assert_no_second_derivative,
     assert_range_gradient,
     assert_repeatable,
+    assert_transforms_say_so,
     assert_wanted_gradients_alone,
     close,
     fake_quantize,
     flat,
     moved,
+    named,
     opcheck_private,
     quantizer,
     scale_of,
@@ -72,7 +74,9 @@ def make_mask(case: Case, device) -> Tensor | None:
     batch, _, queries, keys = case.shape
     if case.mask == "added":
         mask = torch.randn(batch, 1, queries, keys, device=device, dtype=case.dtype)
-        mask.masked_fill_(torch.rand_like(mask) < 0.3, torch.finfo(case.dtype).min)
+        lowest = torch.finfo(case.dtype).min
+        for value in (lowest, max(-1e9, lowest), -1e4):
+            mask.masked_fill_(torch.rand_like(mask) < 0.1, value)
         mask[0, :, 0] = torch.finfo(case.dtype).min  # a query without any key
         return mask
     if "bool" in case.mask:
@@ -99,13 +103,18 @@ def inputs(case: Case, device):
     return scores, make_mask(case, device), ranges, "causal" in case.mask
 
 
+def hides(mask: Tensor) -> Tensor:
+    """-1e4 and less, as the mask's dtype has it."""
+    return mask <= torch.tensor(-1e4, dtype=mask.dtype, device=mask.device)
+
+
 def seen_keys(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     queries, keys = scores.shape[-2:]
     seen = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if causal:
         seen = seen & seen[0, 0].tril(keys - queries)
     if mask is not None:
-        seen = seen & (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
+        seen = seen & (mask if mask.dtype == torch.bool else ~hides(mask))
     return seen
 
 
@@ -131,9 +140,8 @@ def widened(mask: Tensor | None) -> Tensor | None:
     """A mask for wide scores: what hides in a narrow dtype hides in theirs."""
     if mask is None or mask.dtype == torch.bool:
         return mask
-    hides = mask <= torch.finfo(mask.dtype).min / 2
     result = mask.to(wide(mask.dtype))
-    return result.masked_fill(hides, torch.finfo(result.dtype).min)
+    return result.masked_fill(hides(mask), torch.finfo(result.dtype).min)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -182,10 +190,13 @@ def test_statistics(device):
     """What the backward computes probabilities from, against float64."""
     case = Case(shape=(2, 2, 30, 300), mask="causal")
     scores, mask, ranges, causal = inputs(case, device)
-    s, p = ((r.parameters, i, r.bits, r.eps) for r, i in zip(ranges, (1, 2), strict=True))
     with torch.no_grad():
         _, statistics = torch.ops.asymq._quantized_softmax(
-            scores, None, True, list(s[0]), s[1], *s[2:], list(p[0]), p[1], *p[2:]
+            scores=scores,
+            mask=None,
+            causal=True,
+            **named(case.scores, ranges[0], "scores_"),
+            **named(case.probabilities, ranges[1], "probabilities_"),
         )
         quantized = fake_quantize(scores, case.scores, ranges[0])
     quantized = quantized.masked_fill(~seen_keys(scores, mask, causal), -torch.inf)
@@ -204,6 +215,40 @@ def test_positive_lower_end_shows_no_future(device):
     probabilities = quantized_softmax(scores, None, *ranges, causal=True)
     assert (probabilities.triu(1) == 0).all()
     assert (probabilities.tril() >= 0.04)[torch.ones(8, 8).tril().bool()[None, None]].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [-1e4, -1e9, -torch.inf])
+def test_what_hides_a_key(value, dtype, device):
+    """Also under a range of probabilities that would lift it, and for scores of another dtype."""
+    for scores_dtype in (torch.float32, dtype):
+        scores = torch.randn(1, 1, 8, 8, device=device, dtype=scores_dtype).requires_grad_()
+        ranges = [
+            quantizer("min_max", low, high, torch.float32, device)
+            for low, high in ((-4.0, 4.0), (0.02, 0.9))
+        ]
+        mask = torch.full((8, 8), value, device=device).to(dtype).triu(1)
+        actual = quantized_softmax(scores, mask, *ranges)
+        expected = quantized_softmax(scores, None, *ranges, causal=True)
+        assert (actual.triu(1) == 0).all()
+        assert_bit_equal(actual, expected)
+        gradients = (torch.autograd.grad(out.square().sum(), scores) for out in (actual, expected))
+        assert_bit_equal(*(g for (g,) in gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_are_scores(dtype, device):
+    """ALiBi's, however large: what is above -1e4 is added, and the range decides what is 0."""
+    scores = torch.zeros(1, 1, 1, 4, device=device, dtype=dtype)
+    ranges = [
+        quantizer("min_max", low, high, torch.float32, device)
+        for low, high in ((-4.0, 4.0), (0.25, 0.75))
+    ]
+    bias = torch.tensor([0.0, -1.0, -100.0, -9900.0], device=device, dtype=dtype)
+    probabilities = quantized_softmax(scores, bias, *ranges)
+    assert (probabilities > 0.2).all()
+    bias[3] = -1e4
+    assert quantized_softmax(scores, bias, *ranges)[0, 0, 0, 3] == 0
 
 
 def test_nan_is_hidden_by_the_mask_alone(device):
@@ -299,6 +344,13 @@ def test_second_derivative_raises(device):
     scores, mask, ranges, causal = inputs(Case(), device)
     out = quantized_softmax(scores, mask, *ranges, causal=causal)
     assert_no_second_derivative(out, scores, "_quantized_softmax_backward")
+
+
+def test_transforms_say_so(device):
+    scores, mask, ranges, causal = inputs(Case(), device)
+    assert_transforms_say_so(
+        lambda x: quantized_softmax(x, mask, *ranges, causal=causal), scores, "quantized_softmax"
+    )
 
 
 def bad_calls(device):

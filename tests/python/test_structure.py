@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,9 +39,48 @@ def test_the_mathematics_knows_no_torch():
 
 
 def test_cuda_kernels_know_no_torch():
-    for path in sources("cuda", suffixes=(".cu", ".cuh")):
+    for path in sources("cuda/kernels"):
         names = includes(path)
-        assert not [n for n in names if re.match(r"torch/|ATen/|c10/", n)], path.name
+        assert not [n for n in names if re.match(r"torch/|ATen/|c10/|ops/", n)], path.name
+
+
+def test_device_code_is_in_kernels():
+    outside = [p for p in sources("cuda") if p.parent.name != "kernels"]
+    assert not [p.name for p in outside if p.suffix in (".cu", ".cuh")]
+
+
+def test_types_are_listed_once():
+    """Kernels are instantiated by the lists of types.h."""
+    by_hand = r"(Pointers|Operands)<(float|double|__)|ASYMQ_INSTANTIATE\w*\((float|double|__)"
+    assert found(by_hand, sources("cuda")) == []
+
+
+def test_a_quantizer_is_spelled_out_once():
+    """Everything but flat.h, which makes and reads the dispatcher's list, hands it on whole."""
+    files = [p for p in sources("csrc", "cuda") if p.suffix in (".h", ".cpp")]
+    pieces = r"TensorList \w*ranges,\s+int64_t \w*parameterization,\s+int64_t \w*bits"
+    assert found(pieces, files) == ["csrc/ops/flat.h"]
+
+
+# What a folder of csrc may include of the others, besides include/.
+STOREYS = {
+    "include": set(),
+    "ops": {"ops"},
+    "cpu": {"cpu", "ops"},
+    "meta": {"ops"},
+    "composite": {"composite", "ops"},
+    "autograd": {"autograd", "ops"},
+    "nn": {"ops"},
+}
+
+
+def test_storeys_of_csrc():
+    folders = {p.relative_to(ROOT / "csrc").parts[0] for p in sources("csrc")}
+    assert folders == set(STOREYS)
+    for folder, allowed in STOREYS.items():
+        for path in sources(f"csrc/{folder}"):
+            used = {n.split("/")[0] for n in includes(path)} & folders
+            assert used <= allowed, f"{path.name} includes from {used - allowed}"
 
 
 def test_nothing_waits_for_the_device():
@@ -55,20 +92,17 @@ def test_sums_need_no_float_atomics():
     assert found(r"\batomicAdd\b|\bred\.", sources("cuda")) == []
 
 
-@pytest.mark.parametrize("folder, forbidden", [("csrc", "cuda/"), ("cuda", "csrc/")])
-def test_dependencies_point_one_way(folder, forbidden):
-    """cuda/ includes from csrc/include and itself, csrc/ never from cuda/."""
-    own = {p.name for p in sources("cuda")}
-    public = {p.name for p in sources("csrc/include")}
-    for path in sources(folder):
+def test_dependencies_point_one_way():
+    """csrc knows nothing of cuda, and cuda of csrc what kernels and their callers share."""
+    own = {str(p.relative_to(ROOT / "cuda")) for p in sources("cuda")}
+    for path in sources("csrc"):
+        assert not own & set(includes(path)), path.name
+    public = {str(p.relative_to(ROOT / "csrc/include")) for p in sources("csrc/include")}
+    ops = {str(p.relative_to(ROOT / "csrc")) for p in sources("csrc/ops")}
+    outside = re.compile(r"(torch|ATen|c10)/|cuda\w*\.h$|\w+$")
+    for path in sources("cuda"):
         for name in includes(path):
-            assert not name.startswith(("../", forbidden)), f"{path.name} includes {name}"
-            if folder == "csrc":
-                assert name not in own, f"{path.name} includes {name}"
-            elif name.startswith("asymq/"):
-                assert Path(name).name in public, f"{path.name} includes {name}"
-            elif "/" not in name and name.endswith((".h", ".cuh")) and not name.startswith("cuda"):
-                assert name in own, f"{path.name} includes {name}"
+            assert name in own | public | ops or outside.match(name), f"{path.name}: {name}"
 
 
 def test_public_headers_include_no_private_ones():

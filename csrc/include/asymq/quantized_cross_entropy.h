@@ -1,4 +1,4 @@
-// Cross-entropy over logits that a learnable quantizer rounds, in one kernel each way.
+// Cross-entropy over logits that a learnable quantizer rounds, on CUDA in one kernel each way.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-// GELU between two learnable quantizers in one kernel each way.
+// GELU between two learnable quantizers, in one kernel each way.
 #pragma once
 
 #include <ATen/core/Tensor.h>

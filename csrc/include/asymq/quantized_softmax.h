@@ -18,8 +18,9 @@ namespace asymq {
 ///
 /// scores [batch, heads, queries, keys]: float32, float64, bfloat16 or float16. All arithmetic is
 /// in float32 (float64 for float64 scores), with one rounding to the scores' dtype at the end.
-/// mask: bool (true: the query sees the key) or floating (added to the quantized scores; half its
-/// dtype's lowest value and below hides the key), broadcast against the scores, without gradient.
+/// mask: bool (true: the query sees the key) or floating (added to the quantized scores), broadcast
+/// against the scores, without gradient. Of a floating one, -1e4 and less, as its dtype has it,
+/// hides the key; what is above, such as ALiBi's biases, makes scores.
 /// causal: query q sees keys up to q + keys - queries, in addition to the mask.
 /// A query that sees no key has the probability 0 for all, and no gradient.
 ///

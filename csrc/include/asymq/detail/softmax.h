@@ -42,7 +42,7 @@ struct AttentionMask {
   bool causal;          ///< query q sees keys up to q + keys - queries alone
   const bool* visible;  ///< whether a key is seen; null: it is
   const T* added;       ///< added to the quantized scores; null: nothing
-  T hides;              ///< what is added hides the key at this value and below
+  T hides;              ///< what is added hides the key at this value and below: -1e4 or close
   int64_t strides[4];   ///< of either, along the axes of AttentionShape
 
   ASYMQ_HOST_DEVICE MaskRow<T> row(const AttentionShape& shape, int64_t index) const {

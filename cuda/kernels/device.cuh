@@ -1,13 +1,11 @@
 // What the kernels share: storage types, 16-byte accesses, places of elements, sums over threads.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <type_traits>
 
 #include "asymq/detail/layout.h"
-#include "plan.h"
+#include "kernels/plan.h"
+#include "kernels/types.h"
 
 namespace asymq::cuda {
 

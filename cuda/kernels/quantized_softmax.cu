@@ -1,11 +1,11 @@
 // Quantized softmax, forward and backward: one pass each. A warp takes a row, keeps what it can of
 // it in registers and computes the rest again; keys past a causal row's end are never read.
 //
-// What a hidden key does not have is computed all the same and then not selected: a branch per
-// element would keep the elements of a vector from overlapping.
-#include "device.cuh"
-#include "kernels.h"
-#include "quantizer_pair.cuh"
+// For a hidden key, too, everything is computed, and 0 then selected in its place: a branch per
+// element would make the elements of a vector wait for each other.
+#include "kernels/device.cuh"
+#include "kernels/quantized_softmax.h"
+#include "kernels/quantizer_pair.cuh"
 
 namespace asymq::cuda {
 namespace {
@@ -406,11 +406,7 @@ void launch_softmax_backward(const SoftmaxPlan& plan, const SoftmaxOperands<S, P
                                        Compute<S>*, cudaStream_t);                           \
   template void launch_softmax_backward(const SoftmaxPlan&, const SoftmaxOperands<S, P>&,    \
                                         const S*, const Compute<S>*, S*, double*, cudaStream_t);
-ASYMQ_INSTANTIATE(float, float)
-ASYMQ_INSTANTIATE(__half, float)
-ASYMQ_INSTANTIATE(__nv_bfloat16, float)
-ASYMQ_INSTANTIATE(double, float)
-ASYMQ_INSTANTIATE(double, double)
+ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
 #undef ASYMQ_INSTANTIATE
 
 }  // namespace asymq::cuda

@@ -2,8 +2,8 @@
 // range: grids, and sums of every block that `finish` adds up.
 #pragma once
 
-#include "kernels.h"
-#include "range_gradients.cuh"
+#include "kernels/quantizer.h"
+#include "kernels/range_gradients.cuh"
 
 namespace asymq::cuda {
 

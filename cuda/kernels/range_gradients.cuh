@@ -2,8 +2,8 @@
 // it that adds up partial sums in fixed order where a range's elements are shared by several teams.
 #pragma once
 
-#include "device.cuh"
-#include "plan.h"
+#include "kernels/device.cuh"
+#include "kernels/plan.h"
 
 namespace asymq::cuda {
 

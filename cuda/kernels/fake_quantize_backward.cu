@@ -1,9 +1,9 @@
 // Fake-quantize backward: one pass over x and the upstream gradient writes dx and sums; where a
 // range's elements are shared by several teams, a second small kernel adds their partial sums in
 // fixed order.
-#include "device.cuh"
-#include "kernels.h"
-#include "range_gradients.cuh"
+#include "kernels/device.cuh"
+#include "kernels/fake_quantize.h"
+#include "kernels/range_gradients.cuh"
 
 namespace asymq::cuda {
 namespace {
@@ -280,21 +280,11 @@ void launch_backward(const Plan& plan, const Layout& layout, const QuantizerKind
   }
 }
 
-template void launch_backward(const Plan&, const Layout&, const QuantizerKind&,
-                              const RangePointers<float>&, const float*, const float*, float*,
-                              float*, float*, double*, cudaStream_t);
-template void launch_backward(const Plan&, const Layout&, const QuantizerKind&,
-                              const RangePointers<float>&, const __half*, const __half*, __half*,
-                              float*, float*, double*, cudaStream_t);
-template void launch_backward(const Plan&, const Layout&, const QuantizerKind&,
-                              const RangePointers<float>&, const __nv_bfloat16*,
-                              const __nv_bfloat16*, __nv_bfloat16*, float*, float*, double*,
-                              cudaStream_t);
-template void launch_backward(const Plan&, const Layout&, const QuantizerKind&,
-                              const RangePointers<float>&, const double*, const double*, double*,
-                              float*, float*, double*, cudaStream_t);
-template void launch_backward(const Plan&, const Layout&, const QuantizerKind&,
-                              const RangePointers<double>&, const double*, const double*, double*,
-                              double*, double*, double*, cudaStream_t);
+#define ASYMQ_INSTANTIATE(S, P)                                                                   \
+  template void launch_backward(const Plan&, const Layout&, const QuantizerKind&,                 \
+                                const RangePointers<P>&, const S*, const S*, S*, P*, P*, double*, \
+                                cudaStream_t);
+ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
+#undef ASYMQ_INSTANTIATE
 
 }  // namespace asymq::cuda

@@ -1,6 +1,6 @@
 // Quantized GELU, forward and backward: one pass each over a dense tensor.
-#include "kernels.h"
-#include "quantizer_pair.cuh"
+#include "kernels/quantized_gelu.h"
+#include "kernels/quantizer_pair.cuh"
 
 namespace asymq::cuda {
 namespace {
@@ -154,11 +154,7 @@ void launch_gelu_backward(const Plan& plan, const QuantizerPointers<P>& input,
   template void launch_gelu_backward(const Plan&, const QuantizerPointers<P>&,                     \
                                      const QuantizerPointers<P>&, const S*, const S*, S*, double*, \
                                      cudaStream_t);
-ASYMQ_INSTANTIATE(float, float)
-ASYMQ_INSTANTIATE(__half, float)
-ASYMQ_INSTANTIATE(__nv_bfloat16, float)
-ASYMQ_INSTANTIATE(double, float)
-ASYMQ_INSTANTIATE(double, double)
+ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
 #undef ASYMQ_INSTANTIATE
 
 }  // namespace asymq::cuda

@@ -1,6 +1,6 @@
 // Fake-quantize forward.
-#include "device.cuh"
-#include "kernels.h"
+#include "kernels/device.cuh"
+#include "kernels/fake_quantize.h"
 
 namespace asymq::cuda {
 namespace {
@@ -148,16 +148,10 @@ void launch_forward(const Plan& plan, const Layout& layout, const QuantizerKind&
   }
 }
 
-template void launch_forward(const Plan&, const Layout&, const QuantizerKind&,
-                             const RangePointers<float>&, const float*, float*, cudaStream_t);
-template void launch_forward(const Plan&, const Layout&, const QuantizerKind&,
-                             const RangePointers<float>&, const __half*, __half*, cudaStream_t);
-template void launch_forward(const Plan&, const Layout&, const QuantizerKind&,
-                             const RangePointers<float>&, const __nv_bfloat16*, __nv_bfloat16*,
-                             cudaStream_t);
-template void launch_forward(const Plan&, const Layout&, const QuantizerKind&,
-                             const RangePointers<float>&, const double*, double*, cudaStream_t);
-template void launch_forward(const Plan&, const Layout&, const QuantizerKind&,
-                             const RangePointers<double>&, const double*, double*, cudaStream_t);
+#define ASYMQ_INSTANTIATE(S, P)                                                  \
+  template void launch_forward(const Plan&, const Layout&, const QuantizerKind&, \
+                               const RangePointers<P>&, const S*, S*, cudaStream_t);
+ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
+#undef ASYMQ_INSTANTIATE
 
 }  // namespace asymq::cuda

@@ -1,6 +1,8 @@
 // Quantized cross-entropy, forward and backward: a block takes a row and reads it once.
-#include "kernels.h"
-#include "quantizer_pair.cuh"
+#include "kernels/quantized_cross_entropy.h"
+
+#include "asymq/detail/softmax.h"
+#include "kernels/quantizer_pair.cuh"
 
 namespace asymq::cuda {
 namespace {
@@ -233,11 +235,7 @@ void launch_cross_entropy_backward(const CrossEntropyOperands<S>& operands,
   template void launch_cross_entropy_backward(const CrossEntropyOperands<S>&,                 \
                                               const QuantizerPointers<P>&, const Compute<S>*, \
                                               const Compute<S>*, S*, double*, bool, cudaStream_t);
-ASYMQ_INSTANTIATE(float, float)
-ASYMQ_INSTANTIATE(__half, float)
-ASYMQ_INSTANTIATE(__nv_bfloat16, float)
-ASYMQ_INSTANTIATE(double, float)
-ASYMQ_INSTANTIATE(double, double)
+ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
 #undef ASYMQ_INSTANTIATE
 
 }  // namespace asymq::cuda

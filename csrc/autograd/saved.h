@@ -1,0 +1,121 @@
+// What the differentiation of the operators shares that do more than quantize: what a forward keeps
+// of its quantizers, and where the gradients go that a backward returns.
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <array>
+#include <initializer_list>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "autograd/differentiable.h"
+#include "ops/quantizer.h"
+
+namespace asymq {
+
+/// Keeps tensors and quantizers for the backward.
+inline void save(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list tensors,
+                 std::initializer_list<QuantizerArguments> quantizers) {
+  ctx->saved_data["tensors"] = static_cast<int64_t>(tensors.size());
+  ctx->saved_data["quantizers"] = static_cast<int64_t>(quantizers.size());
+  int number = 0;
+  for (const QuantizerArguments& quantizer : quantizers) {
+    const std::string key = std::to_string(number++);
+    ctx->saved_data[key + "_ranges"] = static_cast<int64_t>(quantizer.ranges.size());
+    ctx->saved_data[key + "_parameterization"] = quantizer.parameterization;
+    ctx->saved_data[key + "_bits"] = quantizer.bits;
+    ctx->saved_data[key + "_eps"] = quantizer.eps;
+    tensors.insert(tensors.end(), quantizer.ranges.begin(), quantizer.ranges.end());
+  }
+  ctx->save_for_backward(std::move(tensors));
+}
+
+/// What `save` kept of a function whose arguments are x, the ranges of every quantizer, and others
+/// that get no gradient.
+class Saved {
+ public:
+  explicit Saved(torch::autograd::AutogradContext* ctx)
+      : ctx_(ctx), tensors_(ctx->get_saved_variables()) {
+    size_t first = static_cast<size_t>(integer("tensors"));
+    for (int64_t i = 0; i < integer("quantizers"); ++i) {
+      const std::string key = std::to_string(i);
+      const auto count = static_cast<size_t>(integer(key + "_ranges"));
+      quantizers_.push_back({at::TensorList(tensors_).slice(first, count),
+                             integer(key + "_parameterization"), integer(key + "_bits"),
+                             ctx_->saved_data.at(key + "_eps").toDouble()});
+      first += count;
+    }
+  }
+  Saved(const Saved&) = delete;
+  Saved& operator=(const Saved&) = delete;
+
+  const at::Tensor& tensor(size_t i) const { return tensors_[i]; }
+  const QuantizerArguments& quantizer(size_t i) const { return quantizers_[i]; }
+
+  /// Which gradients are wanted: of x, then of first and second of every quantizer.
+  template <size_t kCount>
+  std::array<bool, kCount> needs() const {
+    std::array<bool, kCount> needs{ctx_->needs_input_grad(0)};
+    for_each_learned([&](size_t gradient, size_t argument) {
+      needs[gradient] = ctx_->needs_input_grad(argument);
+    });
+    return needs;
+  }
+
+  /// The gradients that the backward operator returned, in the order of `needs`, in the order of
+  /// the function's arguments. Those that get none may be left out of it or be undefined.
+  template <class... Tensors>
+  torch::autograd::variable_list in_order(const std::tuple<Tensors...>& gradients) const {
+    const std::array<at::Tensor, sizeof...(Tensors)> given = std::apply(
+        [](const auto&... tensors) {
+          return std::array<at::Tensor, sizeof...(Tensors)>{tensors...};
+        },
+        gradients);
+    auto result = none();
+    result[0] = given[0];
+    for_each_learned([&](size_t gradient, size_t argument) { result[argument] = given[gradient]; });
+    return result;
+  }
+
+  /// No gradient at all.
+  torch::autograd::variable_list none() const {
+    // Undefined gradients past the last argument do no harm.
+    constexpr size_t kMostArguments = 16;
+    return torch::autograd::variable_list(kMostArguments);
+  }
+
+ private:
+  int64_t integer(const std::string& key) const { return ctx_->saved_data.at(key).toInt(); }
+
+  /// Calls visit(place among the gradients, place among the arguments) for what learns.
+  template <class Visit>
+  void for_each_learned(const Visit& visit) const {
+    size_t gradient = 1, argument = 1;
+    for (const QuantizerArguments& quantizer : quantizers_) {
+      visit(gradient, argument);
+      const bool two = traits_of(quantizer.parameterization).second[0] != '\0';
+      if (two) visit(gradient + 1, argument + 1);
+      gradient += 2;
+      argument += quantizer.ranges.size();
+    }
+  }
+
+  torch::autograd::AutogradContext* ctx_;
+  torch::autograd::variable_list tensors_;
+  std::vector<QuantizerArguments> quantizers_;
+};
+
+/// Throws where the operator cannot be differentiated as it is called.
+inline void check_differentiable(const char* op,
+                                 std::initializer_list<CheckedQuantizer> quantizers) {
+  check_transforms({op});
+  for (const CheckedQuantizer& quantizer : quantizers) {
+    const char* name = traits_of(quantizer.kind.parameterization).name;
+    check_constants({op, ": ", name}, quantizer.ranges.tensors());
+  }
+}
+
+}  // namespace asymq

@@ -1,0 +1,47 @@
+#include "ops/effective_scale_offset.h"
+
+#include <torch/library.h>
+
+#include "asymq/fake_quantize.h"
+#include "ops/checks.h"
+
+namespace asymq {
+namespace {
+
+constexpr const char* kOp = "effective_scale_offset";
+
+std::vector<at::Tensor> as_list(const RangeArguments& range) {
+  const auto [scale, offset] =
+      effective_scale_offset(range.parameterization, range.parameters, range.bits, range.symmetric,
+                             range.sigmoid, range.eps);
+  return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
+                            : std::vector<at::Tensor>{scale};
+}
+
+}  // namespace
+
+QuantizerKind check_effective_scale_offset(const GranularQuantizer& quantizer) {
+  const auto& [ranges, parameterization, bits, eps] = quantizer;
+  const Traits& traits = traits_of(parameterization);
+  const Where where{kOp, ": ", traits.name};
+  check_bits(where, bits);
+  check_positive(where, "eps", eps);
+  check_alike(where, name_ranges(where, traits, ranges), /*wide=*/true);
+  return make_kind(parameterization, bits, eps);
+}
+
+std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view parameterization,
+                                                              at::TensorList parameters,
+                                                              int64_t bits, bool symmetric,
+                                                              bool sigmoid, double eps) {
+  const int64_t id = find_parameterization(kOp, parameterization, symmetric, sigmoid);
+  const ListedRanges ranges(kOp, traits_of(id), parameters);
+  const auto [scale, offset] = effective_scale_offset_op({ranges.tensors(), id, bits, eps});
+  return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};
+}
+
+TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
+  m.impl("effective_scale_offset", flat<as_list>);
+}
+
+}  // namespace asymq

@@ -1,0 +1,63 @@
+#include "ops/quantize.h"
+
+#include "asymq/fake_quantize.h"
+#include "ops/checks.h"
+#include "ops/flat.h"
+
+namespace asymq {
+namespace {
+
+bool is_symmetric(const OptionalTensor& offset) {
+  return !offset.has_value() || !offset->defined();
+}
+
+/// What the two have in common. wide: whether float64 ranges will do.
+QuantizerKind check_ranges(const Where& where, const at::Tensor& x, const at::Tensor& scale,
+                           const OptionalTensor& offset, int64_t bits, double eps, bool wide) {
+  NamedTensors ranges;
+  ranges.add("scale", scale);
+  if (!is_symmetric(offset)) ranges.add("offset", *offset);
+  check_alike(where, ranges, wide);
+  check_granularity(where, x, ranges);
+  return make_kind(find_parameterization("scale_offset", is_symmetric(offset), false), bits, eps);
+}
+
+}  // namespace
+
+at::ScalarType code_dtype(int64_t bits, bool symmetric) {
+  if (symmetric) return bits <= 8 ? at::kChar : at::kShort;
+  return bits <= 8 ? at::kByte : at::kInt;
+}
+
+QuantizerKind check_quantize(const at::Tensor& x, const at::Tensor& scale,
+                             const OptionalTensor& offset, int64_t bits, double eps) {
+  constexpr Where where{"quantize"};
+  check_bits(where, bits);
+  check_positive(where, "eps", eps);
+  check_elements(where, "x", x);
+  return check_ranges(where, x, scale, offset, bits, eps, x.scalar_type() == at::kDouble);
+}
+
+QuantizerKind check_dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                               const OptionalTensor& offset, int64_t bits, double eps) {
+  constexpr Where where{"dequantize"};
+  check_bits(where, bits);
+  check_positive(where, "eps", eps);
+  const bool symmetric = is_symmetric(offset);
+  const auto expected = code_dtype(bits, symmetric);
+  TORCH_CHECK(codes.scalar_type() == expected, where, ": codes must be ", expected, " for ", bits,
+              " bits ", symmetric ? "without" : "with", " offset, got ", codes.scalar_type());
+  return check_ranges(where, codes, scale, offset, bits, eps, /*wide=*/true);
+}
+
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
+                    int64_t bits, double eps) {
+  return Op<"asymq::quantize", decltype(quantize)>()(x, scale, offset, bits, eps);
+}
+
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                      const OptionalTensor& offset, int64_t bits, double eps) {
+  return Op<"asymq::dequantize", decltype(dequantize)>()(codes, scale, offset, bits, eps);
+}
+
+}  // namespace asymq

@@ -1,0 +1,50 @@
+#include "ops/quantizer.h"
+
+#include <c10/util/Exception.h>
+
+#include <iterator>
+
+namespace asymq {
+
+const Traits& traits_of(int64_t parameterization) {
+  const int64_t count = std::size(Parameterizations::traits);
+  TORCH_CHECK(parameterization >= 0 && parameterization < count,
+              "asymq: parameterization must be between 0 and ", count - 1, ", got ",
+              parameterization);
+  return Parameterizations::traits[parameterization];
+}
+
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
+                              bool sigmoid) {
+  const int id = find_parameterization(family, symmetric, sigmoid);
+  TORCH_CHECK(
+      id >= 0, "asymq::", op,
+      ": parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
+      "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
+      family, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
+  return id;
+}
+
+QuantizerArguments by_position(const char* op, const RangeArguments& range) {
+  return {range.parameters,
+          find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid),
+          range.bits, range.eps};
+}
+
+ListedRanges::ListedRanges(const char* op, const Traits& traits, at::TensorList list) {
+  size_t used = 0;
+  const auto take = [&](const char* name) -> OptionalTensor {
+    if (name[0] == '\0') return std::nullopt;
+    TORCH_CHECK(used < list.size(), "asymq::", op, ": ", traits.name, " needs the parameter ", name,
+                ", got ", list.size(), " parameters");
+    return list[used++];
+  };
+  first = *take(traits.first);
+  second = take(traits.second);
+  min = take(traits.min);
+  max = take(traits.max);
+  TORCH_CHECK(used == list.size(), "asymq::", op, ": ", traits.name, " needs ", used,
+              " parameters, got ", list.size());
+}
+
+}  // namespace asymq

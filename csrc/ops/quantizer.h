@@ -1,0 +1,82 @@
+// A quantizer on its way down from the public functions to the kernels: one argument.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "asymq/fake_quantize.h"
+#include "asymq/parameterization.h"
+
+namespace asymq {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+/// Names of the parameterization at this position of Parameterizations; throws outside it.
+const Traits& traits_of(int64_t parameterization);
+
+/// Position of the parameterization that users name by its family; throws where there is none.
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
+                              bool sigmoid);
+
+/// The range tensors of a quantizer, in the order of Traits.
+struct RangeTensors {
+  const at::Tensor& first;
+  const OptionalTensor& second;
+  const OptionalTensor& min;
+  const OptionalTensor& max;
+};
+
+/// A quantizer with ranges of any granularity, as the operators have it that only quantize.
+/// parameterization: its position in Parameterizations.
+struct GranularQuantizer {
+  RangeTensors ranges;
+  int64_t parameterization, bits;
+  double eps;
+};
+
+/// A quantizer with one range, as the operators have it that do more than quantize. ranges: the
+/// tensors that the parameterization has, in the order of Traits.
+struct QuantizerArguments {
+  at::TensorList ranges;
+  int64_t parameterization, bits;
+  double eps;
+};
+
+/// What the private operators take for what users give to `op`.
+QuantizerArguments by_position(const char* op, const RangeArguments& range);
+
+/// The tensors of a list, each in its place.
+struct ListedRanges {
+  at::Tensor first;
+  OptionalTensor second, min, max;
+
+  /// Throws, naming op and parameter, where the list does not have what the traits say.
+  ListedRanges(const char* op, const Traits& traits, at::TensorList list);
+
+  RangeTensors tensors() const { return {first, second, min, max}; }
+};
+
+/// A quantizer with one range, checked.
+struct CheckedQuantizer {
+  QuantizerKind kind;
+  ListedRanges ranges;
+
+  /// For the operators that only quantize.
+  GranularQuantizer granular() const {
+    return {ranges.tensors(), kind.parameterization, kind.bits, kind.eps};
+  }
+};
+
+/// A quantizer before and one after another function.
+struct QuantizerPair {
+  CheckedQuantizer before, after;
+};
+
+/// The type that elements of this type compute in.
+inline at::ScalarType compute_dtype(at::ScalarType element) {
+  return element == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace asymq
