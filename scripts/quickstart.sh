@@ -12,7 +12,7 @@ if [[ " $* " == *" --model"* ]]; then
   step "Table 2" python scripts/table2.py --out "$work/results" "$@"
 else
   step "What the experiments need" install_experiment_tools
-  step "A small GPT-2" python -m asymq.experiments.quickstart "$work"
+  step "A small GPT-2" python -m asymq.experiments.common.quickstart "$work"
   step "Table 2" python scripts/table2.py --model "$work/gpt2-topics" --data "$work/text" \
     --steps 100 --eval-every 25 --out "$work/table2" "$@"
 fi

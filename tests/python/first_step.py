@@ -8,9 +8,11 @@ import sys
 import torch
 
 import asymq
-from asymq.experiments import text
-from asymq.experiments.processes import Processes
-from asymq.experiments.range_learning import Protocol, backward, open_subject
+from asymq.experiments.common import text
+from asymq.experiments.common.processes import Processes
+from asymq.experiments.table2.cell import backward
+from asymq.experiments.table2.protocol import Protocol
+from asymq.experiments.table2.subject import open_subject
 
 
 def main(model, data, out, *options):

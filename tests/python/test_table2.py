@@ -20,8 +20,9 @@ import transformers
 from safetensors.torch import load_file
 
 import asymq
-from asymq.experiments import files, quickstart, range_learning, table2, text
-from asymq.experiments.range_learning import Protocol
+from asymq.experiments.common import files, quickstart, text
+from asymq.experiments.table2 import cell, run, subject
+from asymq.experiments.table2.protocol import Protocol
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "table2.py"
@@ -64,8 +65,8 @@ def one_cell(world, out, *more):
     return arguments(world, out, "--parameterizations", "beta_gamma", "--lrs", "1e-2", *more)
 
 
-def result(out, cell="gpt2__beta_gamma__1e-2"):
-    return json.loads((out / f"{cell}.json").read_text())
+def result(out, name="gpt2__beta_gamma__1e-2"):
+    return json.loads((out / f"{name}.json").read_text())
 
 
 def start(*command):
@@ -158,7 +159,7 @@ def test_learned_ranges_are_kept(filled, world):
 
 def test_a_second_run_only_reports(filled, world, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in filled.glob("*.json")}
-    monkeypatch.setattr(table2, "run_cell", lambda *_: pytest.fail("a cell was run again"))
+    monkeypatch.setattr(run, "run_cell", lambda *_: pytest.fail("a cell was run again"))
     main(arguments(world, filled, "--model", world / "opt"))
     assert before == {path: path.stat().st_mtime_ns for path in filled.glob("*.json")}
     assert "| gpt2 |" in capsys.readouterr().out
@@ -171,8 +172,8 @@ def test_devices_share_the_cells(world, tmp_path):
     main(arguments(world, alone, *given))
     finish(process)
     for rate in ("1e-2", "1e-3"):
-        cell = f"gpt2__min_max__{rate}"
-        assert result(alone, cell)["loss"] == result(shared, cell)["loss"]
+        name = f"gpt2__min_max__{rate}"
+        assert result(alone, name)["loss"] == result(shared, name)["loss"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e7])
@@ -191,7 +192,7 @@ def test_a_diverged_cell_is_a_word_in_the_table(world, tmp_path, monkeypatch, va
 
 
 def test_a_loss_that_is_not_finite_ends_its_cell(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(range_learning, "backward", lambda *_: math.nan)
+    monkeypatch.setattr(cell, "backward", lambda *_: math.nan)
     main(one_cell(world, tmp_path))
     found = result(tmp_path)
     assert found["loss"] == [None] and found["steps"] == 6
@@ -230,7 +231,7 @@ def test_killed_and_continued_is_bit_equal(world, tmp_path):
 @pytest.fixture
 def interrupted(world, tmp_path, monkeypatch):
     """A folder with the checkpoint of step 4."""
-    backward, steps = range_learning.backward, []
+    backward, steps = cell.backward, []
 
     def stop(*given):
         steps.append(given)
@@ -239,7 +240,7 @@ def interrupted(world, tmp_path, monkeypatch):
         return backward(*given)
 
     with monkeypatch.context() as context:
-        context.setattr(range_learning, "backward", stop)
+        context.setattr(cell, "backward", stop)
         with pytest.raises(SystemExit) as end:
             main(one_cell(world, tmp_path, "--checkpoint-every", 2))
     assert end.value.code == 130
@@ -341,7 +342,7 @@ def test_bad_input_is_one_line(world, pitfalls, tmp_path, capsys, name):
 
 def test_no_space_for_results(world, tmp_path, capsys, monkeypatch):
     usage = types.SimpleNamespace(free=5 << 20)
-    monkeypatch.setattr(table2.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
     assert "5 MB are free" in refused(arguments(world, tmp_path / "out"), capsys)
     assert not (tmp_path / "out").exists()
 
@@ -366,8 +367,8 @@ def test_defaults_are_the_papers(parameterization):
 
 def test_default_context():
     small, xl = transformers.GPT2Config(), transformers.GPT2Config(n_embd=1600, n_head=25)
-    assert range_learning._default_context(small) == 1024
-    assert range_learning._default_context(xl) == 768
+    assert subject._default_context(small) == 1024
+    assert subject._default_context(xl) == 768
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -468,8 +469,8 @@ def test_quickstart_makes_a_model_and_keeps_it(tmp_path, monkeypatch, capsys):
     }
     train, test = text.read(str(tmp_path / "text"))
     assert len(train.content) + len(test.content) > 300_000
-    subject = range_learning.open_subject(str(folder), train, test, Protocol())
-    assert subject.train.shape[1] == quickstart.CONTEXT
-    assert sum(p.numel() for p in subject.load().parameters()) > 1_000_000
+    opened = subject.open_subject(str(folder), train, test, Protocol())
+    assert opened.train.shape[1] == quickstart.CONTEXT
+    assert sum(p.numel() for p in opened.load().parameters()) > 1_000_000
     quickstart.main()
     assert "is there already" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """What the quick start learns from: a small GPT-2 and text that every Python installation has.
 
-``python -m asymq.experiments.quickstart FOLDER`` trains a tokenizer and a model from nothing on the
-help topics of Python and leaves FOLDER/gpt2-topics, a folder as transformers saves it, and
+``python -m asymq.experiments.common.quickstart FOLDER`` trains a tokenizer and a model from nothing
+on the help topics of Python and leaves FOLDER/gpt2-topics, a folder as transformers saves it, and
 FOLDER/text with wiki.train.raw and wiki.test.raw, as scripts/table2.py takes them.
 """
 
@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from asymq.experiments import text
-from asymq.experiments.files import write
+from asymq.experiments.common import text
+from asymq.experiments.common.files import write
 
 NAME, CONTEXT, VOCABULARY, END = "gpt2-topics", 128, 2048, "<|endoftext|>"
 

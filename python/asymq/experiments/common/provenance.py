@@ -1,26 +1,14 @@
-"""What the benchmarks share: medians, and where and with what they were taken."""
+"""Where and with what results were made."""
 
 import datetime
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import asymq
-
-
-def median_seconds(sample: Callable[[], float], span: float) -> float:
-    """The median of sample() over `span` seconds: at least 5 calls, fewer if they are very slow."""
-    samples, start, elapsed = [], time.perf_counter(), 0.0
-    while elapsed < span or (len(samples) < 5 and elapsed < 10 * span):
-        samples.append(sample())
-        elapsed = time.perf_counter() - start
-    return statistics.median(samples)
 
 
 def machine(device: str) -> str:
