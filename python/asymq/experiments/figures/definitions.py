@@ -105,6 +105,7 @@ FIGURES = {
         ("1e-2", "5e-3"),
         claims.FIGURE9,
         Data(reach=1),
+        draw="rates",
     ),
     "drift": Experiment(
         "Section 3: a range that changes during training",

@@ -63,6 +63,6 @@ def draw(models: dict[str, list[Entry]]) -> Figure:
     for panels, (model, own) in zip(grid, models.items(), strict=True):
         window = draw_losses(panels, own)
         for axes in panels:
-            axes.set_title(f"{model}: {axes.get_title()}", fontsize=10.5)
+            axes.set_title(f"{model}: {axes.get_title()}", fontsize=10)
     figure.suptitle(f"{FIGURE4}, mean of the last {count(window, 'training batch', 'es')}")
     return figure

@@ -25,7 +25,7 @@ STYLES = {
 _MORE_STYLES = (("C5", "P"), ("C6", "X"), ("C8", "<"), ("C9", ">"))
 DASHES = ("-", "--", ":", "-.")
 MARKS = 6  # a line
-WIDEST, NARROWEST = 3.0, 1.1
+WIDEST, NARROWEST = 2.2, 1.0
 BAND = 0.15  # opacity
 # In the left panel of losses; on their scale the others are one line.
 FAR_ABOVE = ("scale_offset", "kscale_koffset")
