@@ -323,7 +323,7 @@ def test_a_cell_of_another_command_is_left_to_it(world, tmp_path, capsys):
     taken = results.Cell("gpt2", "min_max", "1e-2")
     with files.lock(results.lock_path(tmp_path, taken)):
         main(arguments(world, tmp_path, "--parameterizations", "min_max"))
-    assert "other commands are at 1 cells: gpt2 min_max 1e-2" in capsys.readouterr().out
+    assert "other commands are at 1 cell: gpt2 min_max 1e-2" in capsys.readouterr().out
     assert [path.stem for path in tmp_path.glob("*.json")] == ["gpt2__min_max__1e-3"]
     main(arguments(world, tmp_path, "--parameterizations", "min_max"))
     assert len(list(tmp_path.glob("*.json"))) == 2

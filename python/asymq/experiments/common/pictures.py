@@ -27,8 +27,3 @@ def count_steps(axes: Axes, which: str = "x") -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_label_text("training step")
     axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-
-
-def count(number: int, noun: str, ending: str = "s") -> str:
-    """Such as "1 seed" and "3 bits"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else ending)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import asymq
+from asymq.experiments.common.words import count
 
 
 def machine(device: str) -> str:
@@ -23,7 +24,7 @@ def machine(device: str) -> str:
             if "model name" in line
         ]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {count(torch.get_num_threads(), 'thread')}"
 
 
 def header(device: str, setting: str) -> list[str]:

@@ -9,11 +9,12 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from asymq.experiments.common.files import BadInput, as_csv, write
-from asymq.experiments.common.pictures import count, write_figure
+from asymq.experiments.common.pictures import write_figure
+from asymq.experiments.common.words import count
 from asymq.experiments.figures import claims
 from asymq.experiments.figures.definitions import FIGURE4
 from asymq.experiments.figures.report import write_claims
-from asymq.experiments.table2.plots import draw_losses, loss_means, loss_window
+from asymq.experiments.table2.plots import draw_losses, loss_means, loss_window, of_last
 from asymq.experiments.table2.results import Entry, by_model, read_results
 
 CSV_POINTS = 150  # of a curve
@@ -64,5 +65,5 @@ def draw(models: dict[str, list[Entry]]) -> Figure:
         window = draw_losses(panels, own)
         for axes in panels:
             axes.set_title(f"{model}: {axes.get_title()}", fontsize=10)
-    figure.suptitle(f"{FIGURE4}, mean of the last {count(window, 'training batch', 'es')}")
+    figure.suptitle(FIGURE4 + of_last(window))
     return figure

@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from asymq.experiments.common.pictures import count, count_steps
+from asymq.experiments.common.pictures import count_steps
+from asymq.experiments.common.words import count
 from asymq.experiments.figures import gradients
 from asymq.experiments.figures.claims import Runs
 from asymq.experiments.figures.toy_problem import VARIANTS, Run

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from asymq.experiments.common.files import BadInput, as_csv, need_writable, write
-from asymq.experiments.common.pictures import count, write_figure
+from asymq.experiments.common.pictures import write_figure
+from asymq.experiments.common.words import count
 from asymq.experiments.figures import claims, gradients, losses, plots
 from asymq.experiments.figures.claims import Runs
 from asymq.experiments.figures.definitions import FIGURES, TITLES, Experiment, Settings

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from asymq.experiments.common.pictures import count, count_steps, write_figure
+from asymq.experiments.common.pictures import count_steps, write_figure
+from asymq.experiments.common.words import count
 from asymq.experiments.table2.results import Entry, by_model, label
 
 # Told apart in black and white by marker and dashes.
@@ -116,8 +117,13 @@ def _perplexities(axes: Axes, entry: Entry, own: list[Entry]) -> None:
 def draw_loss(model: str, own: list[Entry]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     window = draw_losses(panels, own)
-    figure.suptitle(f"{model}, mean of the last {count(window, 'training batch', 'es')}")
+    figure.suptitle(model + of_last(window))
     return figure
+
+
+def of_last(window: int) -> str:
+    """What a loss is the mean of, as the end of a title."""
+    return "" if window == 1 else f", mean of the last {count(window, 'training batch', 'es')}"
 
 
 def draw_losses(panels: Iterable[Axes], own: list[Entry]) -> int:

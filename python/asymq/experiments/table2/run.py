@@ -21,6 +21,7 @@ from tqdm import tqdm
 from asymq.experiments.common import text
 from asymq.experiments.common.files import BadInput, first_line, lock
 from asymq.experiments.common.processes import Processes
+from asymq.experiments.common.words import count
 from asymq.experiments.table2.cell import run_cell, settings_of
 from asymq.experiments.table2.protocol import Protocol
 from asymq.experiments.table2.results import (
@@ -124,7 +125,7 @@ def run(options: Options, protocol: Protocol) -> None:
         _spread(cells, work, devices)
     left = [cell for cell in cells if not result_path(options.out, cell).exists()]
     if left:
-        print(f"other commands are at {len(left)} cells: {', '.join(map(str, left))}")
+        print(f"other commands are at {count(len(left), 'cell')}: {', '.join(map(str, left))}")
     report(options.out)
     checkpoints = options.out / "checkpoints"
     if checkpoints.exists() and not any(checkpoints.iterdir()):
