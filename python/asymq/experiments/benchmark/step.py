@@ -143,7 +143,10 @@ METHODS = {
 
 @contextmanager
 def _with_functions(namespace) -> Iterator[None]:
-    """Quantizers take their functions from `namespace`: of the whole process, so one at a time."""
+    """Quantizers take their functions from `namespace`, in the whole process.
+
+    To become `with use_namespace(namespace)` of asymq.quantizers.functions, which is per thread.
+    """
     before = Quantizer.functions
     Quantizer.functions = namespace
     try:
