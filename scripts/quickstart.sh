@@ -13,7 +13,7 @@ if [[ " $* " == *" --model"* ]]; then
 else
   step "What the experiments need" install_experiment_tools
   step "A small GPT-2" python -m asymq.experiments.common.quickstart "$work"
-  # So small a model's ranges are chaotic after some forty steps at 1e-2, and in one seed alone.
+  # Few steps, several seeds: after some forty steps at 1e-2 so small a model is chaotic.
   step "Table 2" python scripts/table2.py --model "$work/gpt2-topics" --data "$work/text" \
     --steps 20 --eval-every 10 --seeds 3 --out "$work/table2" "$@"
 fi
