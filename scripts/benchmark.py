@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from asymq.experiments import benchmark_ops, benchmark_step
+from asymq.experiments.benchmark import ops, step
+from asymq.experiments.common.command import Parser, integer
+from asymq.experiments.common.files import BadInput, need_writable
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def names(choices):
@@ -31,24 +30,24 @@ def names(choices):
 
 COMMANDS = {
     "ops": (
-        benchmark_ops,
+        ops,
         "one fake-quantize, forward and backward, against baselines",
         {
-            "only": benchmark_ops.METHODS,
-            "dtype": benchmark_ops.DTYPES,
-            "granularity": benchmark_ops.GRANULARITIES,
+            "only": ops.METHODS,
+            "dtype": ops.DTYPES,
+            "granularity": ops.GRANULARITIES,
         },
     ),
     "step": (
-        benchmark_step,
+        step,
         "a training step of a model, against the float model and other quantizers",
-        {"only": benchmark_step.METHODS, "precision": benchmark_step.PRECISIONS},
+        {"only": step.METHODS, "precision": step.PRECISIONS},
     ),
 }
 
 
-def main():
-    parser = Parser(description=__doc__)
+def main(arguments=None):
+    parser = Parser("benchmark.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (_, description, selections) in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
@@ -65,19 +64,25 @@ def main():
                 default=list(choices),
                 help=", ".join(choices),
             )
-        command.add_argument("--threads", type=int, default=2, help="on the CPU (default 2)")
+        command.add_argument("--threads", type=integer(1), default=2, help="on the CPU (default 2)")
         command.add_argument("--quick", action="store_true", help="less, and less exact")
         command.add_argument(
             "--out",
             type=Path,
-            default=Path(__file__).parent / "results",
+            default=ROOT / "build" / "benchmark",
             metavar="DIR",
-            help="where the CSV file and the table go (default scripts/results)",
+            help="where the CSV file and the table go (default build/benchmark)",
+        )
+        command.add_argument(
+            "--against",
+            type=Path,
+            metavar="FILE.csv",
+            help="results of the same command to compare with",
         )
         if name == "step":
             command.add_argument(
                 "--model",
-                choices=benchmark_step.MODELS,
+                choices=step.MODELS,
                 help="its shape (default gpt2, on the CPU quickstart)",
             )
             command.add_argument(
@@ -86,12 +91,18 @@ def main():
             command.add_argument(
                 "--profile", action="store_true", help="where time, traffic and memory go"
             )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
-    if args.threads < 1:
-        parser.error(f"--threads must be at least 1, got {args.threads}")
-    COMMANDS[args.command][0].run(args)
+    try:
+        need_writable(args.out)
+        COMMANDS[args.command][0].run(args)
+    except ModuleNotFoundError as error:
+        parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
+    except (BadInput, OSError, torch.OutOfMemoryError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted\n")
 
 
 if __name__ == "__main__":

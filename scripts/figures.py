@@ -6,30 +6,18 @@ below. Figure 4 is drawn from results of scripts/table2.py.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(kind, name):
-    def convert(text):
-        if not 0 < float(text) < math.inf:
-            raise ValueError
-        return kind(text)
-
-    convert.__name__ = name
-    return convert
-
-
-def bit_width(text):
-    if not 2 <= int(text) <= 16:
-        raise ValueError
-    return int(text)
+from asymq.experiments.common.command import (
+    Parser,
+    bit_width,
+    distinct_rates,
+    integer,
+    learning_rate,
+    positive,
+)
+from asymq.experiments.common.files import BadInput
 
 
 def parse(arguments):
@@ -37,7 +25,6 @@ def parse(arguments):
         "figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    bit_width.__name__ = "bit width of 2 to 16"
     add(
         "names",
         nargs="*",
@@ -53,39 +40,38 @@ def parse(arguments):
     )
     group = parser.add_argument_group("settings of the trained figures (default: each its own)")
     add = group.add_argument
-    add("--seeds", type=positive(int, "number of seeds"), default=5, help="default 5")
-    add("--steps", type=positive(int, "number of steps"), default=5000, help="default 5000")
-    # Kept as typed: curves are named after it.
-    add("--lr", nargs="+", type=positive(str, "learning rate"), metavar="LR")
-    add("--bits", nargs="+", type=bit_width, metavar="N")
-    add("--std", type=positive(float, "standard deviation"), help="of the samples")
+    add("--seeds", type=integer(1), default=5, help="default 5")
+    add(
+        "--steps",
+        type=integer(1),
+        default=5000,
+        help="default 5000; with fewer most claims are not decided",
+    )
+    add("--lr", nargs="+", type=learning_rate, metavar="LR")
+    add("--bits", nargs="+", type=bit_width, metavar="N", help="2 to 16")
+    add("--std", type=positive, help="standard deviation of the samples")
     add("--params", nargs="+", metavar="NAME", help="parameterizations and step rules to draw")
     return parser, parser.parse_args(arguments)
-
-
-def unique(values):
-    return None if values is None else tuple(dict.fromkeys(values))
 
 
 def main(arguments=None):
     parser, args = parse(arguments)
     try:
-        from asymq.experiments import figures
-        from asymq.experiments.files import BadInput
+        from asymq.experiments.figures import definitions, run
     except ModuleNotFoundError as error:
         parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
     try:
-        settings = figures.Settings(
+        settings = definitions.Settings(
             seeds=args.seeds,
             steps=args.steps,
-            lrs=unique({float(lr): lr for lr in args.lr}.values() if args.lr else None),
-            bits=unique(args.bits),
+            lrs=args.lr and tuple(distinct_rates(args.lr)),
+            bits=args.bits and tuple(dict.fromkeys(args.bits)),
             std=args.std,
-            names=unique(args.params),
+            names=args.params and tuple(dict.fromkeys(args.params)),
         )
-        figures.run(list(dict.fromkeys(args.names)), args.out, settings, args.table2)
+        run.run(list(dict.fromkeys(args.names)), args.out, settings, args.table2)
     except (BadInput, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")
 

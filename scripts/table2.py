@@ -2,32 +2,26 @@
 """Fills the paper's Table 2: learns the quantization ranges of GPT-2 and OPT models on text.
 
 The same command continues what was interrupted. With several GPUs every one takes cells of its own;
-under torchrun or accelerate launch all processes share every cell.
+under torchrun or accelerate launch all processes share every cell. Several commands with the same
+--out share the cells too.
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 
-PARAMETERIZATIONS = (
-    *("scale_offset", "min_max", "beta_gamma"),  # by default
-    *("beta_gamma_sigmoid", "kscale_koffset"),
+from asymq.experiments.common.command import (
+    Parser,
+    add_options,
+    distinct_rates,
+    integer,
+    learning_rate,
+    options_of,
 )
+from asymq.experiments.table2.protocol import PAPERS, PARAMETERIZATIONS, Protocol
+
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def learning_rate(text):
-    """Kept as typed: results are named after it."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return text
 
 
 def parse(arguments):
@@ -35,7 +29,6 @@ def parse(arguments):
         "table2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    learning_rate.__name__ = "learning rate"
     add(
         "--model",
         nargs="+",
@@ -54,9 +47,9 @@ def parse(arguments):
         "--parameterizations",
         nargs="+",
         choices=PARAMETERIZATIONS,
-        default=list(PARAMETERIZATIONS[:3]),
+        default=list(PAPERS),
         metavar="NAME",
-        help=f"of {', '.join(PARAMETERIZATIONS)} (default the first three)",
+        help=f"of {', '.join(PARAMETERIZATIONS)} (default {', '.join(PAPERS)})",
     )
     add(
         "--lrs",
@@ -66,65 +59,18 @@ def parse(arguments):
         metavar="LR",
         help="learning rates (default 1e-2 1e-3)",
     )
+    add(
+        "--seeds",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="how many, from --seed on; the table has their mean and spread (default 1)",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
 
-    group = parser.add_argument_group("protocol")
-    add = group.add_argument
-    add("--steps", type=int, default=2000, help="training steps a cell (default 2000)")
-    add("--batch", type=int, default=8, help="windows a step (default 8)")
-    add(
-        "--context",
-        type=int,
-        help="tokens a window (default 1024, for GPT2-XL 768, at most the model's)",
-    )
-    add("--seed", type=int, default=0, help="of the order of the windows (default 0)")
-    add("--calibration-batches", type=int, default=10, metavar="N", help="default 10")
-    add("--weight-bits", type=int, default=4, metavar="N", help="default 4")
-    add("--activation-bits", type=int, default=12, metavar="N", help="default 12")
-    add("--norm-bits", type=int, default=12, metavar="N", help="LayerNorm weights (default 12)")
-    add(
-        "--weight-granularity",
-        default="channel",
-        metavar="WHICH",
-        help="tensor, channel, or the size of groups (default channel)",
-    )
-    add(
-        "--activation-granularity",
-        default="tensor",
-        metavar="WHICH",
-        help="tensor or channel (default tensor)",
-    )
-    add(
-        "--force-zero",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="calibrated ranges contain zero (default)",
-    )
-    add("--eps", type=float, default=1e-8, help="least scale of a range (default 1e-8)")
-    add("--adam-eps", type=float, default=1e-8, metavar="EPS", help="Adam's (default 1e-8)")
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="TF32 matrix products while learning on a GPU (default)",
-    )
-    add(
-        "--perplexity",
-        choices=("raw", "run_clm"),
-        default="raw",
-        help="tokenize the test text at once, or line by line (default raw)",
-    )
-
-    group = parser.add_argument_group("running")
-    add = group.add_argument
-    add("--eval-every", type=int, default=500, metavar="N", help="steps (default 500)")
-    add(
-        "--checkpoint-every",
-        type=int,
-        default=100,
-        metavar="N",
-        help="steps, at most 100 (default 100)",
-    )
+    groups = {name: parser.add_argument_group(name) for name in ("protocol", "running")}
+    add_options(groups, Protocol)
+    add = groups["running"].add_argument
     add(
         "--devices",
         nargs="+",
@@ -137,9 +83,9 @@ def parse(arguments):
         help="split the weights among the processes of torchrun (FSDP2)",
     )
     args = parser.parse_args(arguments)
-    for name in ("model", "parameterizations"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    args.lrs = list({float(lr): lr for lr in args.lrs}.values())
+    args.model = list(dict.fromkeys(args.model))
+    args.parameterizations = list(dict.fromkeys(args.parameterizations))
+    args.lrs = distinct_rates(args.lrs)
     return parser, args
 
 
@@ -152,20 +98,20 @@ def main(arguments=None):
     try:
         import transformers
 
-        from asymq.experiments import range_learning, table2
+        from asymq.experiments.table2 import run
     except ModuleNotFoundError as error:
         parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    protocol = {name: getattr(args, name) for name in range_learning.Protocol.__dataclass_fields__}
     data = args.data
     if data is None and not (args.train_text and args.test_text):
         data = WIKITEXT2
-    options = table2.Options(
+    options = run.Options(
         models=args.model,
         parameterizations=args.parameterizations,
         lrs=args.lrs,
         out=args.out,
+        seeds=args.seeds,
         data=data,
         train_text=args.train_text,
         test_text=args.test_text,
@@ -174,11 +120,10 @@ def main(arguments=None):
         together=together,
     )
     try:
-        table2.run(options, range_learning.Protocol(**protocol))
-    except table2.FAILURES as error:
-        message = str(error).splitlines()[0]
+        run.run(options, options_of(Protocol, args))
+    except run.FAILURES as error:
         # Under torchrun every process finds the same.
-        return parser.error(message) if rank == 0 else 2
+        return parser.error(error) if rank == 0 else 2
     except KeyboardInterrupt:
         return parser.exit(130, "\ninterrupted; the same command continues\n")
 

@@ -8,9 +8,11 @@ import sys
 import torch
 
 import asymq
-from asymq.experiments import text
-from asymq.experiments.processes import Processes
-from asymq.experiments.range_learning import Protocol, backward, open_subject
+from asymq.experiments.common import text
+from asymq.experiments.common.processes import Processes
+from asymq.experiments.table2.cell import backward
+from asymq.experiments.table2.protocol import Protocol
+from asymq.experiments.table2.subject import open_subject
 
 
 def main(model, data, out, *options):
@@ -22,7 +24,7 @@ def main(model, data, out, *options):
     asymq.freeze_weights(model)
     processes.place(model)
     asymq.calibrate(model, batches)
-    loss = backward(processes.replicate(model), model, batches[0], processes)
+    loss = backward(processes.replicate(model), batches[0], processes)
     gradients = {
         f"{name}.{key}": parameter.grad
         for name, quantizer in asymq.named_quantizers(model)

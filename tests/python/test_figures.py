@@ -13,9 +13,19 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import asymq
-from asymq.experiments import claims, figures, gradients, toy_problem
-from asymq.experiments.claims import Runs
-from asymq.experiments.toy_problem import Curve, Data, Run, Target, best_ranges, run_all
+from asymq.experiments.figures import (
+    claims,
+    definitions,
+    gradients,
+    losses,
+    plots,
+    toy_problem,
+    verdict,
+)
+from asymq.experiments.figures import run as figures
+from asymq.experiments.figures.claims import Runs
+from asymq.experiments.figures.definitions import FIGURES, TITLES
+from asymq.experiments.figures.toy_problem import Curve, Data, Run, Target, best_ranges, run_all
 
 ROOT = Path(__file__).parents[2]
 main = runpy.run_path(str(ROOT / "scripts" / "figures.py"))["main"]
@@ -112,7 +122,7 @@ def test_figure3_at_10_bits():
 
 
 def test_figure7_coincides_with_scaled_rates():
-    names = figures.FIGURES["figure7"].names
+    names = FIGURES["figure7"].names
     first, *others = trained(
         *(Curve(name, 3, "5e-3", Data(), chain_rule=True) for name in names), seeds=1, steps=2700
     )
@@ -204,7 +214,7 @@ def test_processes_change_nothing():
         assert torch.equal(alone[curve].ratio, shared[curve].ratio)
 
 
-@pytest.mark.parametrize("name", toy_problem.PARAMETERIZATIONS)
+@pytest.mark.parametrize("name", toy_problem.VARIANTS)
 def test_every_parameterization_starts_at_the_extrema_and_learns(name, quick):
     symmetric = name.startswith("symmetric")
     (run,) = trained(Curve(name, 8, "1e-2", Data(reach=1)), steps=3)
@@ -261,22 +271,35 @@ def test_arrival():
     assert math.isinf(made([1.0] * 2, [3, 2]).arrival().item())
 
 
+def alone(run):
+    """The runs of a figure that has only this one."""
+    return Runs(("min_max",), (3,), ("1e-2",), {run.curve: run}, {})
+
+
 def test_a_claim_without_its_curves_is_not_evaluated():
-    run = made([1.0] * 11, [1.0] * 11)
-    runs = Runs(("min_max",), (3,), ("1e-2",), {run.curve: run}, {})
-    verdicts = {c.sentence: claims.judge(c, runs) for c in claims.FIGURE3}
+    runs = alone(made([1.0] * 11, [1.0] * 11))
+    verdicts = {c.sentence: verdict.judge(c, runs, 5000) for c in claims.FIGURE3}
     holds = {v.sentence: v.holds for v in verdicts.values()}
     assert holds.pop("min/max converges consistently in all scenarios.") is True
     assert set(holds.values()) == {None}
-    assert "scale/offset at 10 bit" in next(iter(verdicts.values())).measured
+    assert "scale/offset at 10 bits" in next(iter(verdicts.values())).measured
 
 
 def test_verdicts_follow_the_runs():
     good, bad = made([1.0] * 11, [1.0] * 11), made([1.0] * 11, [3.0] * 11)
+    claim = next(c for c in claims.FIGURE3 if c.sentence.startswith("min/max converges"))
     for run, expected in ((good, True), (bad, False)):
-        runs = Runs(("min_max",), (3,), ("1e-2",), {run.curve: run}, {})
-        claim = next(c for c in claims.FIGURE3 if c.sentence.startswith("min/max converges"))
-        assert claims.judge(claim, runs).holds is expected
+        assert verdict.judge(claim, alone(run), 5000).holds is expected
+
+
+def test_few_steps_decide_nothing():
+    run = made([1.0] * 11, [1.0] * 11)
+    claim = next(c for c in claims.FIGURE3 if c.sentence.startswith("min/max converges"))
+    found = verdict.judge(claim, alone(run), 10)
+    assert (found.holds, found.word) == (None, "not decided: too few steps")
+    assert "1 of 1 runs converge" in found.measured
+    # The first step is enough for the claim that is about it.
+    assert [claim.steps for claim in claims.OFFSETS] == [1, 5000]
 
 
 # ---- Tables 1 and 3 ----------------------------------------------------------------------------
@@ -285,7 +308,7 @@ def test_verdicts_follow_the_runs():
 def test_cells_of_table_1_that_differ():
     different = {
         (cell.row.title, cell.row.learned, cell.region)
-        for cell in gradients.cells(gradients.TABLE1)
+        for cell in gradients.compare(gradients.TABLE1)
         if cell.differs
     }
     clipped = ("below", "above")
@@ -302,7 +325,7 @@ def test_cells_of_table_1_that_differ():
 
 
 def test_cells_of_table_3_that_differ():
-    different = {c.row.title for c in gradients.cells(gradients.TABLE3) if c.differs}
+    different = {c.row.title for c in gradients.compare(gradients.TABLE3) if c.differs}
     assert different == {"symmetric γ with sigmoid"}
     assert [verdict.holds for verdict in gradients.judge("table3")] == [True, True]
 
@@ -310,7 +333,7 @@ def test_cells_of_table_3_that_differ():
 @pytest.mark.parametrize("name", gradients.TABLES)
 def test_every_different_cell_has_a_reason(name):
     text = gradients.markdown(name)
-    marked = [cell for cell in gradients.cells(gradients.TABLES[name]) if cell.differs]
+    marked = [cell for cell in gradients.compare(gradients.TABLES[name]) if cell.differs]
     assert text.count("**≠**") == len(marked)
     for cell in marked:
         assert f"{cell.name} {cell.region}" in text
@@ -342,7 +365,7 @@ def rows(path):
 def test_everything_is_written(tmp_path, quick, capsys):
     main(["--out", str(tmp_path), "--seeds", "1", "--steps", "3"])
     assert "--table2" in capsys.readouterr().out
-    trained_figures = [*figures.FIGURES]
+    trained_figures = [*FIGURES]
     expected = {
         f"{name}.{kind}" for name in (*trained_figures, "gradients") for kind in ("png", "csv")
     }
@@ -353,8 +376,8 @@ def test_everything_is_written(tmp_path, quick, capsys):
     text = (tmp_path / "claims.md").read_text()
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     without = ("figure4", "gradients")
-    assert titles == [title for name, title in figures.TITLES.items() if name not in without]
-    for figure in figures.FIGURES.values():
+    assert titles == [title for name, title in TITLES.items() if name not in without]
+    for figure in FIGURES.values():
         for claim in figure.claims:
             assert f"| {claim.sentence} |" in text
     found = rows(tmp_path / "figure3.csv")
@@ -386,12 +409,12 @@ def test_settings_change_a_figure(tmp_path, quick):
         (["figure10"], "unknown figure 'figure10'"),
         (["figure4"], "--table2"),
         (["figure4", "--table2", "nowhere"], "has no results of scripts/table2.py"),
-        (["figure3", "--seeds", "0"], "number of seeds"),
-        (["figure3", "--steps", "-1"], "number of steps"),
-        (["figure3", "--lr", "0"], "learning rate"),
-        (["figure3", "--lr", "nan"], "learning rate"),
-        (["figure3", "--bits", "1"], "bit width"),
-        (["figure3", "--std", "x"], "standard deviation"),
+        (["figure3", "--seeds", "0"], "--seeds: must be an integer of at least 1"),
+        (["figure3", "--steps", "-1"], "--steps: must be an integer of at least 1"),
+        (["figure3", "--lr", "0"], "--lr: must be a positive number"),
+        (["figure3", "--lr", "nan"], "--lr: must be a positive number"),
+        (["figure3", "--bits", "1"], "--bits: must be an integer from 2 to 16"),
+        (["figure3", "--std", "x"], "--std: must be a positive number"),
         (["figure3", "--params", "tanh"], "--params tanh: unknown"),
         (["figure3", "--params", "symmetric_max"], "asymmetric ranges"),
         (["figure7", "--params", "min_max"], "symmetric ranges"),
@@ -414,6 +437,72 @@ def test_out_that_cannot_be_written(name, tmp_path, capsys):
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert f"--out {tmp_path / name}" in error and error.count("\n") == 1
+
+
+# ---- the pictures ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(quick):
+    """Both learning rates of two parameterizations at two bit widths, three steps of one seed."""
+    figure = definitions.Settings(names=("scale_offset", "min_max"), bits=(3, 10)).of("figure6")
+    runs, best = run_all(figure.curves(), 1, 3, workers=1)
+    yield Runs(figure.names, figure.bits, figure.lrs, runs, best)
+    plots.plt.close("all")
+
+
+def labels(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def has_whole_ticks(axis):
+    return all(float(tick).is_integer() for tick in axis.get_ticklocs())
+
+
+def test_picture_of_ranges(short):
+    figure = plots.draw_ranges("Title", short)
+    assert [axes.get_title() for axes in figure.axes] == ["3 bits", "10 bits"]
+    assert labels(figure) == [
+        *("scale/offset, lr 1e-2", "scale/offset, lr 5e-3", "min/max, lr 1e-2", "min/max, lr 5e-3"),
+        *("all seeds", "best range (mean)"),
+    ]
+    for axes in figure.axes:
+        ends = [
+            line for line in axes.lines if len(line.get_ydata()) and line.get_marker() != "None"
+        ]
+        # Both ends of four runs; where they lie on each other, no two are alike.
+        assert len([line for line in ends if len(line.get_xdata()) == 4]) == 8
+        drawn = {(line.get_color(), line.get_linewidth()) for line in ends}
+        assert len(drawn) == 4
+        assert (axes.get_xlabel(), axes.get_ylabel()) == (plots.RANGE, "training step")
+        assert has_whole_ticks(axes.yaxis)
+
+
+def test_picture_of_rates(short):
+    figure = plots.draw_rates("Title", short)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{bits} bits, lr {lr}{part}"
+        for lr in ("1e-2", "5e-3")
+        for bits in (3, 10)
+        for part in ("", ": the first 1 step")
+    ]
+    assert [axes.get_ylim()[1] for axes in figure.axes] == [3, 1] * 4
+
+
+@pytest.mark.parametrize("draw", [plots.draw_drift, plots.draw_scale_offset])
+def test_pictures_of_two_panels_a_bit_width(short, draw):
+    figure = draw("Title", short)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["3 bits", "3 bits", "10 bits", "10 bits"]
+
+
+def test_picture_of_gradients():
+    figure = plots.draw_gradients(*gradients.curves())
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["the function, asymmetric", *gradients.LEARNED]
+    second = figure.axes[1].get_legend().get_texts()
+    assert [text.get_text() for text in second] == ["∂x̂/∂s", "∂x̂/∂z"]
+    plots.plt.close(figure)
 
 
 # ---- Figure 4 ----------------------------------------------------------------------------------
@@ -456,7 +545,23 @@ def test_figure4(tmp_path):
     first = next(row for row in found if row["parameterization"] == "beta_gamma")
     assert (first["step"], first["loss"]) == ("2", "3.99")
     lines = [line for line in (out / "claims.md").read_text().splitlines() if "| tiny: " in line]
-    assert [line.rsplit("| ", 1)[1] for line in lines] == ["holds |", "holds |", "not evaluated |"]
+    words = [line.rsplit("| ", 1)[1] for line in lines]
+    assert words == [*["not decided: too few steps |"] * 2, "not evaluated |"]
+
+
+def test_picture_of_losses(tmp_path):
+    for name in ("scale_offset", "min_max", "beta_gamma", "new_one"):
+        fabricate(tmp_path, name, "1e-2", [4.0] * 40)
+    figure = losses.draw(losses.read(tmp_path))
+    left, right = figure.axes
+    assert left.get_title() == "tiny: scale/offset"
+    assert right.get_title() == "tiny: min/max, beta/gamma, new/one"
+    for axes, names in ((left, ["scale/offset"]), (right, ["min/max", "beta/gamma", "new/one"])):
+        legend = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert legend == [f"{name} 1e-2" for name in names]
+        assert len(axes.lines) == len(names)
+        assert has_whole_ticks(axes.xaxis)
+    plots.plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -471,4 +576,4 @@ def test_figure4(tmp_path):
 def test_claims_of_losses(last, holds):
     names = ("scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid")
     losses = {(name, "1e-2"): (4.0, value) for name, value in zip(names, last, strict=True)}
-    assert [verdict.holds for verdict in claims.of_losses("tiny", losses)] == holds
+    assert [verdict.holds for verdict in claims.of_losses("tiny", losses, 2000)] == holds

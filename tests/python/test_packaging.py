@@ -98,6 +98,33 @@ def test_forward_and_backward(python):
     assert rest.startswith("[0.0, 1.0, 0.0] [1.1")
 
 
+MODULES = """
+import importlib, pkgutil, asymq
+for module in pkgutil.walk_packages(asymq.__path__, "asymq."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            print(module.name, "needs", error.name)
+        else:
+            print(module.name)
+"""
+EXTRAS = {"transformers", "tokenizers", "datasets", "numpy", "tqdm", "matplotlib"}
+
+
+def test_all_modules_are_in_the_wheel(python):
+    """A module that is imported needs an extra, or nothing but what the wheel depends on."""
+    found = [
+        line.split() for line in checked(python, "-c", MODULES, cwd=python.parent).splitlines()
+    ]
+    package = ROOT / "python" / "asymq"
+    modules = {path.relative_to(package) for path in package.rglob("*.py")}
+    modules = {path.parent if path.name == "__init__.py" else path for path in modules}
+    expected = {".".join(("asymq", *path.with_suffix("").parts)) for path in modules}
+    assert {name for name, *_ in found} == expected - {"asymq", "asymq.__main__"}
+    assert {needed for _, *rest in found for needed in rest[1:]} <= EXTRAS
+
+
 def test_info(python):
     text = checked(python, "-m", "asymq", "--info", cwd=python.parent)
     for expected in ("asymq", f"torch {torch.__version__}", "CUDA", str(python.parents[1])):

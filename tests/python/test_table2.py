@@ -20,8 +20,9 @@ import transformers
 from safetensors.torch import load_file
 
 import asymq
-from asymq.experiments import files, quickstart, range_learning, table2, text
-from asymq.experiments.range_learning import Protocol
+from asymq.experiments.common import files, quickstart, text
+from asymq.experiments.table2 import cell, plots, results, run, subject, table
+from asymq.experiments.table2.protocol import Protocol
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "table2.py"
@@ -64,8 +65,8 @@ def one_cell(world, out, *more):
     return arguments(world, out, "--parameterizations", "beta_gamma", "--lrs", "1e-2", *more)
 
 
-def result(out, cell="gpt2__beta_gamma__1e-2"):
-    return json.loads((out / f"{cell}.json").read_text())
+def result(out, name="gpt2__beta_gamma__1e-2"):
+    return json.loads((out / f"{name}.json").read_text())
 
 
 def start(*command):
@@ -81,7 +82,7 @@ def start(*command):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
 
@@ -130,6 +131,47 @@ def test_files_of_a_table(filled):
         assert path.read_bytes().startswith(b"\x89PNG"), path.name
 
 
+def test_pictures_of_a_table(filled):
+    own = results.by_model(results.read_results(filled))["gpt2"]
+    figure = plots.draw_perplexity("gpt2", own)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "all, diverged values left out",
+        "near the float model",
+    ]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [*(entry.title for entry in own), "float model"]
+    for axes in figure.axes:
+        assert len({line.get_linewidth() for line in axes.lines[:-1]}) == len(own)
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    left, right = plots.draw_loss("gpt2", own).axes
+    assert left.get_title() == "scale/offset"
+    assert right.get_title() == "min/max, beta/gamma, beta/gamma/sigmoid"
+    assert [len(axes.lines) for axes in (left, right)] == [2, 6]
+    figure = plots.draw_ranges("gpt2", "1e-2", own[::2])
+    assert "learning rate 1e-2" in figure.get_suptitle()
+    # Both ends of every cell.
+    assert [len(axes.lines) for axes in figure.axes] == [2 * len(own[::2])] * 6
+    plots.plt.close("all")
+
+
+def test_a_new_parameterization_needs_no_new_plots(filled):
+    found = results.read_results(filled)
+    for result in found:
+        if result["parameterization"] == "beta_gamma_sigmoid":
+            result["parameterization"] = "something_new"
+    own = results.by_model(found)["opt"]
+    assert [entry.title for entry in own[-2:]] == ["something/new 1e-2", "something/new 1e-3"]
+    assert "something/new 1e-2" in table.markdown(found)
+    for figure in (plots.draw_perplexity("opt", own), plots.draw_loss("opt", own)):
+        assert "something/new 1e-3" in {
+            text.get_text()
+            for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes))
+            if legend
+            for text in legend.get_texts()
+        }
+    plots.plt.close("all")
+
+
 def test_table_is_beside_the_papers(filled):
     lines = (filled / "table.md").read_text().splitlines()
     head = [cell.strip() for cell in lines[0].split("|")[1:-1]]
@@ -158,10 +200,43 @@ def test_learned_ranges_are_kept(filled, world):
 
 def test_a_second_run_only_reports(filled, world, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in filled.glob("*.json")}
-    monkeypatch.setattr(table2, "run_cell", lambda *_: pytest.fail("a cell was run again"))
+    monkeypatch.setattr(run, "run_cell", lambda *_: pytest.fail("a cell was run again"))
     main(arguments(world, filled, "--model", world / "opt"))
     assert before == {path: path.stat().st_mtime_ns for path in filled.glob("*.json")}
     assert "| gpt2 |" in capsys.readouterr().out
+
+
+def test_seeds_are_a_mean_and_a_spread(world, tmp_path):
+    given = ("--parameterizations", "min_max", "--lrs", "1e-2")
+    main(arguments(world, tmp_path, *given))
+    alone = (tmp_path / "gpt2__min_max__1e-2.json").read_bytes()
+    main(arguments(world, tmp_path, *given, "--seeds", 3))
+    names = ["gpt2__min_max__1e-2", *(f"gpt2__min_max__1e-2__seed{seed}" for seed in (1, 2))]
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == names
+    assert (tmp_path / "gpt2__min_max__1e-2.json").read_bytes() == alone
+    found = [result(tmp_path, name) for name in names]
+    assert [one["seed"] for one in found] == [one["settings"]["seed"] for one in found] == [0, 1, 2]
+    assert len({one["loss"][0] for one in found}) == 3
+    final = torch.tensor([one["final_ppl"] for one in found], dtype=torch.float64)
+    mean, spread = final.mean().item(), final.std().item()
+    assert f"| {mean:.2f} ± {spread:.2f} |" in (tmp_path / "table.md").read_text()
+    with (tmp_path / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["seed"] for line in lines] == ["0", "1", "2"]
+    for line in lines:
+        assert float(line["mean_ppl"]) == pytest.approx(mean)
+        assert float(line["spread_ppl"]) == pytest.approx(spread)
+
+
+def test_a_diverged_seed_is_counted():
+    assert results.mean_and_spread(["diverged", 2.0, 3.0]) == ("1 of 3 diverged", None)
+    assert results.mean_and_spread(["diverged", "diverged"]) == ("diverged", None)
+    assert results.mean_and_spread([2.0]) == (2.0, None)
+
+
+def test_names_of_cells():
+    for made in (results.Cell("a__b", "min_max", "1e-2"), results.Cell("a", "x", "2e-3", 7)):
+        assert results.Cell.named(made.name) == made
 
 
 def test_devices_share_the_cells(world, tmp_path):
@@ -171,8 +246,8 @@ def test_devices_share_the_cells(world, tmp_path):
     main(arguments(world, alone, *given))
     finish(process)
     for rate in ("1e-2", "1e-3"):
-        cell = f"gpt2__min_max__{rate}"
-        assert result(alone, cell)["loss"] == result(shared, cell)["loss"]
+        name = f"gpt2__min_max__{rate}"
+        assert result(alone, name)["loss"] == result(shared, name)["loss"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e7])
@@ -191,7 +266,7 @@ def test_a_diverged_cell_is_a_word_in_the_table(world, tmp_path, monkeypatch, va
 
 
 def test_a_loss_that_is_not_finite_ends_its_cell(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(range_learning, "backward", lambda *_: math.nan)
+    monkeypatch.setattr(cell, "backward", lambda *_: math.nan)
     main(one_cell(world, tmp_path))
     found = result(tmp_path)
     assert found["loss"] == [None] and found["steps"] == 6
@@ -207,7 +282,7 @@ def test_killed_and_continued_is_bit_equal(world, tmp_path):
     uninterrupted = start(sys.executable, SCRIPT, *one_cell(world, whole, *long))
     process = start(sys.executable, SCRIPT, *one_cell(world, broken, *long))
     checkpoint = broken / "checkpoints" / "gpt2__beta_gamma__1e-2.pt"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -227,10 +302,62 @@ def test_killed_and_continued_is_bit_equal(world, tmp_path):
     assert differing <= {"seconds_per_step"}
 
 
+def test_two_commands_share_the_cells(world, tmp_path):
+    """Every cell is one command's alone, and both end with all results in the table."""
+    given = ("--parameterizations", "min_max", "beta_gamma", "--steps", 30, "--devices", "cpu")
+    command = (sys.executable, SCRIPT, *arguments(world, tmp_path, *given))
+    both = [start(*command) for _ in range(2)]
+    output = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
+    cells = [f"gpt2 {name} {lr}" for name in ("min_max", "beta_gamma") for lr in ("1e-2", "1e-3")]
+    # A cell tells of its last step once.
+    for name in cells:
+        assert sum(f"{name}: step 30 of 30" in text for text in output) == 1, output
+    assert len(list(tmp_path.glob("*.json"))) == 4
+    last = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert last.startswith("| gpt2 |") and "|  |" not in last
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_cell_of_another_command_is_left_to_it(world, tmp_path, capsys):
+    taken = results.Cell("gpt2", "min_max", "1e-2")
+    with files.lock(results.lock_path(tmp_path, taken)):
+        main(arguments(world, tmp_path, "--parameterizations", "min_max"))
+    assert "other commands are at 1 cell: gpt2 min_max 1e-2" in capsys.readouterr().out
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["gpt2__min_max__1e-3"]
+    main(arguments(world, tmp_path, "--parameterizations", "min_max"))
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+HOLD = """
+import pathlib, sys, time
+from asymq.experiments.common.files import lock
+with lock(pathlib.Path(sys.argv[1])) as mine:
+    print(mine, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "cell.lock"
+    holder = start(sys.executable, "-c", HOLD, path)
+    assert holder.stdout.readline() == "True\n"
+    with files.lock(path) as mine:
+        assert not mine
+    holder.kill()
+    holder.communicate()
+    assert path.exists()
+    with files.lock(path) as mine:
+        assert mine
+        with files.lock(path) as again:
+            assert not again
+    assert not path.exists()
+
+
 @pytest.fixture
 def interrupted(world, tmp_path, monkeypatch):
     """A folder with the checkpoint of step 4."""
-    backward, steps = range_learning.backward, []
+    backward, steps = cell.backward, []
 
     def stop(*given):
         steps.append(given)
@@ -239,7 +366,7 @@ def interrupted(world, tmp_path, monkeypatch):
         return backward(*given)
 
     with monkeypatch.context() as context:
-        context.setattr(range_learning, "backward", stop)
+        context.setattr(cell, "backward", stop)
         with pytest.raises(SystemExit) as end:
             main(one_cell(world, tmp_path, "--checkpoint-every", 2))
     assert end.value.code == 130
@@ -270,6 +397,32 @@ def test_a_checkpoint_of_other_settings(interrupted, world, capsys):
     assert "made with seed 0, not 1" in message and "--out" in message
     main(one_cell(world, interrupted, "--checkpoint-every", 3))
     assert "made with seed 0" in refused(one_cell(world, interrupted, "--seed", 1), capsys)
+
+
+# What version 0.1 wrote into a checkpoint and a result.
+STATE = {"fp_ppl", "step", "ppl", "losses", "trajectories", "seconds", "peak_gib"}
+SETTINGS = {
+    *("steps", "batch", "context", "seed", "calibration_batches", "weight_bits"),
+    *("activation_bits", "norm_bits", "weight_granularity", "activation_granularity"),
+    *("force_zero", "eps", "adam_eps", "tf32", "perplexity", "eval_every", "checkpoint_every"),
+    *("train_text", "train_text_sha256", "test_text", "test_text_sha256", "model_sha256"),
+}
+
+
+def test_a_folder_of_version_0_1_is_continued(interrupted, world, capsys):
+    checkpoint = interrupted / "checkpoints" / "gpt2__beta_gamma__1e-2.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved.keys() == {"settings", "state", "ranges", "optimizer"}
+    assert saved["state"].keys() == STATE and saved["settings"].keys() == SETTINGS
+    main(one_cell(world, interrupted))
+    assert not checkpoint.exists()
+    assert result(interrupted)["settings"].keys() == SETTINGS
+
+
+def test_results_of_record_are_read():
+    folder = ROOT / "scripts" / "results" / "table2"
+    lines = table.markdown(results.read_results(folder)).splitlines()
+    assert lines == (folder / "table.md").read_text().splitlines()
 
 
 def test_a_damaged_result(interrupted, world, capsys):
@@ -305,9 +458,15 @@ BAD = {
     "no learning": (("--lrs", "0"), "'0'"),
     "no steps": (("--steps", 0), "at least 1"),
     "rare checkpoints": (("--checkpoint-every", 101), "1 to 100"),
-    "bits": (("--weight-bits", 1), "2 to 16"),
-    "granularity": (("--weight-granularity", "row"), "'row'"),
-    "groups": (("--weight-granularity", 24), "do not divide"),
+    "bits": (("--weight-bits", 1), "--weight-bits: must be an integer from 2 to 16, got '1'"),
+    "other bits": (("--norm-bits", "four"), "--norm-bits: must be an integer from 2 to 16"),
+    "least scale": (("--eps", 0), "--eps: must be a positive number"),
+    "Adam's eps": (("--adam-eps", "nan"), "--adam-eps: must be a positive number"),
+    "granularity": (("--weight-granularity", "row"), "--weight-granularity: must be tensor"),
+    "other granularity": (("--activation-granularity", 0), "--activation-granularity: must be"),
+    "groups": (("--weight-granularity", 24), "with --weight-granularity 24"),
+    "groups of activations": (("--activation-granularity", 24), "--activation-granularity 24"),
+    "seeds": (("--seeds", 0), "--seeds: must be an integer of at least 1"),
     "one name": (("--model", "{}/gpt2", "{}/other/gpt2"), "two models"),
     "unknown device": (("--devices", "cuda:99"), "no such device"),
     "sharding alone": (("--fsdp",), "torchrun"),
@@ -341,7 +500,7 @@ def test_bad_input_is_one_line(world, pitfalls, tmp_path, capsys, name):
 
 def test_no_space_for_results(world, tmp_path, capsys, monkeypatch):
     usage = types.SimpleNamespace(free=5 << 20)
-    monkeypatch.setattr(table2.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
     assert "5 MB are free" in refused(arguments(world, tmp_path / "out"), capsys)
     assert not (tmp_path / "out").exists()
 
@@ -364,10 +523,19 @@ def test_defaults_are_the_papers(parameterization):
     assert Protocol().config(parameterization) == asymq.QuantConfig.table2(parameterization)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [({"weight_bits": 17}, "--weight-bits: .* from 2 to 16"), ({"eps": -1.0}, "--eps: .*positive")],
+)
+def test_a_protocol_checks_its_values(given, message):
+    with pytest.raises(files.BadInput, match=message):
+        Protocol(**given)
+
+
 def test_default_context():
     small, xl = transformers.GPT2Config(), transformers.GPT2Config(n_embd=1600, n_head=25)
-    assert range_learning._default_context(small) == 1024
-    assert range_learning._default_context(xl) == 768
+    assert subject._default_context(small) == 1024
+    assert subject._default_context(xl) == 768
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -468,8 +636,8 @@ def test_quickstart_makes_a_model_and_keeps_it(tmp_path, monkeypatch, capsys):
     }
     train, test = text.read(str(tmp_path / "text"))
     assert len(train.content) + len(test.content) > 300_000
-    subject = range_learning.open_subject(str(folder), train, test, Protocol())
-    assert subject.train.shape[1] == quickstart.CONTEXT
-    assert sum(p.numel() for p in subject.load().parameters()) > 1_000_000
+    opened = subject.open_subject(str(folder), train, test, Protocol())
+    assert opened.train.shape[1] == quickstart.CONTEXT
+    assert sum(p.numel() for p in opened.load().parameters()) > 1_000_000
     quickstart.main()
     assert "is there already" in capsys.readouterr().out

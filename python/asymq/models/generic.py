@@ -8,7 +8,7 @@ from collections import Counter
 
 from torch import nn
 
-from asymq.layers import QuantLayer, Quantized, registry
+from asymq.layers import Quantized, QuantLayer, registry
 from asymq.models import family_of
 from asymq.models.sites import Plan, is_adapter
 from asymq.quantizers import Quantizer

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from asymq.quantizer import named_quantizers
+from asymq.quantizers import named_quantizers
+from asymq.training import shard
 
 
 class Processes:
@@ -57,16 +58,14 @@ class Processes:
         """Puts a model where it is to run, its weights split if they are to be."""
         if not self.shard:
             return model.to(self.device)
-        from torch.distributed.fsdp import fully_shard
-
         mesh = dist.init_device_mesh(self.device.type, (self.count,))
-        quantizers = [quantizer.to(self.device) for _, quantizer in named_quantizers(model)]
-        ranges = {parameter for quantizer in quantizers for parameter in quantizer.parameters()}
+        for _, quantizer in named_quantizers(model):
+            quantizer.to(self.device)
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for block in module:
-                    fully_shard(block, mesh=mesh, ignored_params=ranges)
-        return fully_shard(model, mesh=mesh, ignored_params=ranges)
+                    shard(block, mesh=mesh)
+        return shard(model, mesh=mesh)
 
     def replicate(self, model: nn.Module) -> nn.Module:
         """What to call instead of a placed model, so that its ranges get the gradients of the whole
@@ -86,16 +85,6 @@ class Processes:
             dist.all_reduce(value)
             value = value / self.count
         return value
-
-    def average_gradients(self, parameters: list[Tensor]) -> None:
-        """What DDP does by itself: ranges beside split weights are nobody else's business."""
-        if self.shard:
-            gradients = [p.grad for p in parameters]
-            flat = self.mean(torch.cat([g.flatten() for g in gradients]))
-            for gradient, part in zip(
-                gradients, flat.split([g.numel() for g in gradients]), strict=True
-            ):
-                gradient.copy_(part.view_as(gradient))
 
 
 def has_gpu() -> bool:

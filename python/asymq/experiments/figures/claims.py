@@ -1,7 +1,6 @@
 """What the paper claims of its controlled experiments, and whether the runs bear it out.
 
-A claim is a sentence and a function that takes the runs of a figure and gives what was measured and
-whether the claim holds. All verdicts are computed from the runs of all seeds: a run is converged if
+All verdicts are computed from the runs of all seeds: a run is converged if
 its error is below 1.1 times that of the best range and its ends moved by less than 2 % of the span
 over the last 1,000 steps.
 """
@@ -16,20 +15,17 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from asymq.experiments.toy_problem import (
+from asymq.experiments.figures.toy_problem import (
     NEAR,
-    PARAMETERIZATIONS,
+    VARIANTS,
     Best,
     Curve,
     Run,
     Target,
 )
+from asymq.experiments.figures.verdict import Claim, Missing, Verdict, judge
 
 SAME = 0.02  # of the span: ends no further apart are at the same place
-
-
-class Missing(LookupError):
-    """A claim needs a curve that the settings left out. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Runs:
             key = curve.name, curve.bits, float(curve.lr), curve.chain_rule
             if key == (name, bits, float(lr), chain_rule):
                 return run
-        raise Missing(f"{PARAMETERIZATIONS[name].label} at {bits} bit and {lr}")
+        raise Missing(f"{VARIANTS[name].label} at {bits} bits and {lr}")
 
     def drawn(self, name: str, bits: int | None = None) -> list[Run]:
         """The drawn runs of a parameterization, of all bit widths or one."""
@@ -57,39 +53,7 @@ class Runs:
     def need(self, *names: str) -> None:
         for name in names:
             if name not in self.names:
-                raise Missing(PARAMETERIZATIONS[name].label)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """sentence: the claim. check: gives what was measured and whether the claim holds."""
-
-    sentence: str
-    check: Callable[[Runs], tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """holds is None where the settings left out what the claim needs."""
-
-    sentence: str
-    measured: str
-    holds: bool | None
-
-    @property
-    def word(self) -> str:
-        return {True: "holds", False: "does not hold", None: "not evaluated"}[self.holds]
-
-    def __str__(self) -> str:
-        """A line of a Markdown table."""
-        return f"| {self.sentence} | {self.measured} | {self.word} |"
-
-
-def judge(claim: Claim, runs: Runs | None) -> Verdict:
-    try:
-        return Verdict(claim.sentence, *claim.check(runs))
-    except Missing as missing:
-        return Verdict(claim.sentence, f"needs {missing}", None)
+                raise Missing(VARIANTS[name].label)
 
 
 # ---- words -------------------------------------------------------------------------------------
@@ -98,7 +62,7 @@ def judge(claim: Claim, runs: Runs | None) -> Verdict:
 def label(run: Run, bits: bool = True) -> str:
     curve = run.curve
     rule = ", scaled rates" if curve.chain_rule else ""
-    return f"{curve.what.label} {curve.lr}" + (f" {curve.bits} bit" if bits else "") + rule
+    return f"{curve.variant.label} {curve.lr}" + (f" {curve.bits} bits" if bits else "") + rule
 
 
 def ends(run: Run) -> str:
@@ -165,11 +129,11 @@ def _scale_offset_is_sensitive(runs: Runs) -> tuple[str, bool]:
         pairs = combinations(runs.drawn(name, 10), 2)
         found[name] = torch.stack([apart(*pair) for pair in pairs]).amax(0)
     text = "; ".join(
-        f"{PARAMETERIZATIONS[name].label}: final ends {percent(far)} of the span apart"
+        f"{VARIANTS[name].label}: final ends {percent(far)} of the span apart"
         for name, far in found.items()
     )
     holds = bool((found["scale_offset"] > SAME).all() and (found["min_max"] < SAME).all())
-    return f"10 bit, {' against '.join(runs.lrs)}: {text}", holds
+    return f"10 bits, {' against '.join(runs.lrs)}: {text}", holds
 
 
 def _min_max_converges(runs: Runs) -> tuple[str, bool]:
@@ -230,7 +194,7 @@ def _min_max_plus_overlays(runs: Runs) -> tuple[str, bool]:
     pairs = list(zip(runs.drawn("min_max_plus"), runs.drawn("beta_gamma"), strict=True))
     far = [apart(*pair, slice(None)) for pair in pairs]
     text = "; ".join(
-        f"{b.curve.lr} {b.curve.bits} bit: {100 * d.max().item():.2g} %"
+        f"{b.curve.lr} {b.curve.bits} bits: {100 * d.max().item():.2g} %"
         for (_, b), d in zip(pairs, far, strict=True)
     )
     measured = f"furthest apart at any step, in % of the final span: {text}"
@@ -241,7 +205,7 @@ def _sigmoid_is_slower(runs: Runs) -> tuple[str, bool]:
     pairs = list(zip(runs.drawn("beta_gamma_sigmoid"), runs.drawn("beta_gamma"), strict=True))
     slower = [a.arrival() / b.arrival() for a, b in pairs]
     text = "; ".join(
-        f"{b.curve.lr} {b.curve.bits} bit: {_slower(d)}"
+        f"{b.curve.lr} {b.curve.bits} bits: {_slower(d)}"
         for (_, b), d in zip(pairs, slower, strict=True)
     )
     measured = f"steps to 1.05 x best with sigmoid over those without: {text}"
@@ -295,7 +259,7 @@ FIGURE6 = (
     ),
     Claim(
         "None of the alternatives shows the stability of min/max and beta/gamma (judged by their "
-        "oscillation at 10 bit).",
+        "oscillation at 10 bits).",
         _none_is_as_stable,
     ),
 )
@@ -400,11 +364,11 @@ def _frozen_minimum(runs: Runs) -> tuple[str, bool]:
 FIGURE8 = (
     Claim(
         "scale/offset is particularly unstable when θmin is at its optimum from the beginning: "
-        "left, 3 bit (judged by its oscillation at every learning rate against both min/max).",
+        "left, 3 bits (judged by its oscillation at every learning rate against both min/max).",
         _oscillates_more,
     ),
     Claim(
-        "The same on the right, 8 bit (judged by how far it leaves the best range once it was "
+        "The same on the right, 8 bits (judged by how far it leaves the best range once it was "
         "there).",
         _leaves_again,
     ),
@@ -504,7 +468,7 @@ def _offset_updates_differ(runs: Runs) -> tuple[str, bool]:
             }
             holds &= unequal["scale"] < EQUAL and unequal["offset"] > 10 * EQUAL
             found.append(
-                f"{lr} {bits} bit: scale {first['scale'][0].mean():.4g} and "
+                f"{lr} {bits} bits: scale {first['scale'][0].mean():.4g} and "
                 f"{first['scale'][1].mean():.4g}, offset {first['offset'][0].mean():.4g} and "
                 f"{first['offset'][1].mean():.4g}"
             )
@@ -522,7 +486,7 @@ def _solutions_differ(runs: Runs) -> tuple[str, bool]:
             different = int((codes[0] != codes[1]).sum())
             holds |= different > 0
             found.append(
-                f"{lr} {bits} bit: ends at most {far:.2g} % of the span apart, the code of x = 0 "
+                f"{lr} {bits} bits: ends at most {far:.2g} % of the span apart, the code of x = 0 "
                 f"differs in {different} of {len(codes[0])} seeds"
             )
     return f"{'; '.join(found)} (x̂ of 0 is 0 under both)", holds
@@ -532,6 +496,7 @@ OFFSETS = (
     Claim(
         "Equal updates of the scale go with unequal updates of the offset (A.2).",
         _offset_updates_differ,
+        steps=1,
     ),
     Claim(
         "So scale/offset and min/max can quantize x = 0 differently after training (A.2; judged by "
@@ -544,20 +509,24 @@ OFFSETS = (
 # ---- Figure 4 ----------------------------------------------------------------------------------
 
 FAR_ABOVE = math.log(1.5)  # nats: a perplexity 1.5 times as high
+MODEL_STEPS = 2000  # of the paper's figure
 
 
-def of_losses(model: str, losses: dict[tuple[str, str], tuple[float, float]]) -> list[Verdict]:
-    """losses: the first and last mean loss by parameterization and learning rate."""
+def of_losses(
+    model: str, losses: dict[tuple[str, str], tuple[float, float]], steps: int
+) -> list[Verdict]:
+    """losses: the first and last mean loss, after `steps`, by parameterization and learning
+    rate."""
 
     def cells(name: str) -> dict[str, tuple[float, float]]:
         found = {lr: pair for (other, lr), pair in losses.items() if other == name}
         if not found:
-            raise Missing(PARAMETERIZATIONS[name].label)
+            raise Missing(VARIANTS[name].label)
         return found
 
     def describe(name: str) -> str:
         pairs = (f"{lr} {first:.3f} to {last:.3f}" for lr, (first, last) in cells(name).items())
-        return f"{PARAMETERIZATIONS[name].label} {', '.join(pairs)}"
+        return f"{VARIANTS[name].label} {', '.join(pairs)}"
 
     def unstable(_) -> tuple[str, bool]:
         others = cells("min_max")
@@ -586,7 +555,8 @@ def of_losses(model: str, losses: dict[tuple[str, str], tuple[float, float]]) ->
         ("min/max reduces the loss consistently, irrespective of the learning rate.", consistent),
         ("beta/gamma without sigmoid finds the lowest loss.", lowest),
     )
-    return [judge(Claim(f"{model}: {text}", check), None) for text, check in checks]
+    made = (Claim(f"{model}: {text}", check, MODEL_STEPS) for text, check in checks)
+    return [judge(claim, None, steps) for claim in made]
 
 
 def table(runs: Iterable[Run]) -> list[str]:

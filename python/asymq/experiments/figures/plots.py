@@ -1,7 +1,8 @@
 """Draws the runs of a figure as the paper does: the range across, training steps upwards.
 
 Colours are the captions'; lighter shades are larger learning rates. In black and white, markers
-tell the parameterizations apart, open ones the largest learning rate.
+tell the parameterizations apart, open ones the largest learning rate. Of lines that lie on each
+other the lower ones are wider.
 """
 
 from __future__ import annotations
@@ -9,11 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -21,15 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from asymq.experiments import gradients
-from asymq.experiments.claims import Runs
-from asymq.experiments.toy_problem import PARAMETERIZATIONS, Run
+from asymq.experiments.common.pictures import count_steps
+from asymq.experiments.common.words import count
+from asymq.experiments.figures import gradients
+from asymq.experiments.figures.claims import Runs
+from asymq.experiments.figures.toy_problem import VARIANTS, Run
 
 RANGE = "range ends θmin and θmax (unit of x)"
-STEP = "training step"
 MARKS = 9  # a line
 POINTS = 700  # of a line
 BAND = 0.13  # opacity
+WIDEST, NARROWEST = 3.2, 1.1
+EARLY = 5  # the part of the steps that a panel of its own shows: the first fifth
 BEST = {"color": "0.25", "linewidth": 0.9, "linestyle": (0, (1, 3))}
 
 
@@ -59,19 +59,20 @@ STYLES = {
     "symmetric_max": Style("#7db8ea", "#0b4a9e", "o", "--"),
     "symmetric_gamma": Style("#7fcb85", "#14692a", "^", ":"),
 }
+OTHERS = Style("#d3a6e0", "#6a1b7f", "*", "-.")  # what has no style of its own
 
 
 def _shade(runs: Runs, run: Run) -> tuple[float, float, float]:
     """Between light and dark by the learning rate's place among those drawn; alone it is dark."""
-    style, order = STYLES[run.curve.name], sorted(runs.lrs, key=float)
+    style, order = STYLES.get(run.curve.name, OTHERS), sorted(runs.lrs, key=float)
     place = order.index(run.curve.lr) / max(1, len(order) - 1)
     light, dark = to_rgb(style.light), to_rgb(style.dark)
     return tuple(place * a + (1 - place) * b for a, b in zip(light, dark, strict=True))
 
 
 def _line(axes: Axes, runs: Runs, run: Run, place: float, across, upwards, **options) -> Line2D:
-    """place: from 0 to 1, where among the other lines' markers this one has its own."""
-    style, color = STYLES[run.curve.name], _shade(runs, run)
+    """place: from 0 to 1, which of the lines this is."""
+    style, color = STYLES.get(run.curve.name, OTHERS), _shade(runs, run)
     every = max(1, len(upwards) // MARKS)
     lighter = len(runs.lrs) > 1 and float(run.curve.lr) == max(map(float, runs.lrs))
     (line,) = axes.plot(
@@ -80,7 +81,7 @@ def _line(axes: Axes, runs: Runs, run: Run, place: float, across, upwards, **opt
         **{
             "color": color,
             "linestyle": style.dashes,
-            "linewidth": 1.4,
+            "linewidth": WIDEST - (WIDEST - NARROWEST) * place,
             "marker": style.marker,
             "markersize": 5.5,
             "markerfacecolor": "white" if lighter else color,
@@ -115,7 +116,8 @@ def _ends(axes: Axes, runs: Runs, shown: list[Run]) -> None:
     margin = 0.3 * (right - left)
     before = axes.get_xlim()
     axes.set_xlim(max(before[0], left - margin), min(before[1], right + margin))
-    axes.set(xlabel=RANGE, ylabel=STEP, ylim=(0, first.steps))
+    axes.set(xlabel=RANGE, ylim=(0, first.steps))
+    count_steps(axes, "y")
 
 
 def _legend(figure: Figure, runs: Runs, ranges: bool = True) -> None:
@@ -125,8 +127,8 @@ def _legend(figure: Figure, runs: Runs, ranges: bool = True) -> None:
     lines = []
     for name in runs.names:
         for lr in runs.lrs:
-            line = _line(axes, runs, shown[name, lr], 0, [], [], markevery=None)
-            line.set_label(f"{PARAMETERIZATIONS[name].label}, lr {lr}")
+            line = _line(axes, runs, shown[name, lr], 0, [], [], markevery=None, linewidth=1.4)
+            line.set_label(f"{VARIANTS[name].label}, lr {lr}")
             lines.append(line)
     if ranges:
         lines.append(Patch(color="black", alpha=BAND, linewidth=0, label="all seeds"))
@@ -159,8 +161,29 @@ def draw_ranges(title: str, runs: Runs) -> Figure:
     for axis, (bits, rule) in zip(axes, panels, strict=True):
         shown = [runs.get(name, bits, lr, rule) for name in runs.names for lr in runs.lrs]
         _ends(axis, runs, shown)
-        rates = ("", ", learning rates scaled by the chain rule")[rule]
-        axis.set_title(f"{bits} bit{rates}", fontsize=10.5)
+        rates = ", learning rates scaled by the chain rule" if rule else ""
+        axis.set_title(f"{count(bits, 'bit')}{rates}", fontsize=10.5)
+    _legend(figure, runs)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_rates(title: str, runs: Runs) -> Figure:
+    """A row of panels per learning rate: for every bit width all steps, and the first ones."""
+    rows, columns = len(runs.lrs), 2 * len(runs.bits)
+    figure, grid = plt.subplots(
+        *(rows, columns), figsize=(5 * columns, 4.6 * rows), layout="constrained", squeeze=False
+    )
+    for lr, row in zip(runs.lrs, grid, strict=True):
+        for bits, whole, early in zip(runs.bits, row[::2], row[1::2], strict=True):
+            shown = [runs.get(name, bits, lr) for name in runs.names]
+            for axes in (whole, early):
+                _ends(axes, runs, shown)
+            first = max(1, shown[0].steps // EARLY)
+            early.set_ylim(0, first)
+            heading = f"{count(bits, 'bit')}, lr {lr}"
+            whole.set_title(heading, fontsize=10.5)
+            early.set_title(f"{heading}: the first {count(first, 'step')}", fontsize=10.5)
     _legend(figure, runs)
     figure.suptitle(title)
     return figure
@@ -175,12 +198,11 @@ def draw_drift(title: str, runs: Runs) -> Figure:
         for i, run in enumerate(shown):
             steps = run.some_steps(POINTS)
             _line(right, runs, run, i / len(shown), run.ratio[steps, 0], steps)
-        right.set(
-            xlabel="error over that of the best range", ylabel=STEP, xscale="log", xlim=(0.9, 300)
-        )
+        right.set(xlabel="error over that of the best range", xscale="log", xlim=(0.9, 300))
+        count_steps(right, "y")
         right.set_ylim(left.get_ylim())
         for axis in (left, right):
-            axis.set_title(f"{bits} bit", fontsize=10.5)
+            axis.set_title(count(bits, "bit"), fontsize=10.5)
     _legend(figure, runs)
     figure.suptitle(title)
     return figure
@@ -195,10 +217,11 @@ def draw_scale_offset(title: str, runs: Runs) -> Figure:
             steps = run.some_steps(POINTS)
             for axis, values in ((left, run.scale), (right, run.offset)):
                 _line(axis, runs, run, i / len(shown), steps, values[steps, 0])
-        left.set(xlabel=STEP, ylabel="scale s (unit of x)")
-        right.set(xlabel=STEP, ylabel="offset z (steps of the grid)")
+        left.set_ylabel("scale s (unit of x)")
+        right.set_ylabel("offset z (steps of the grid)")
         for axis in (left, right):
-            axis.set_title(f"{bits} bit", fontsize=10.5)
+            count_steps(axis)
+            axis.set_title(count(bits, "bit"), fontsize=10.5)
     _legend(figure, runs, ranges=False)
     figure.suptitle(title)
     return figure
@@ -206,6 +229,7 @@ def draw_scale_offset(title: str, runs: Runs) -> Figure:
 
 DRAW: dict[str, Callable[[str, Runs], Figure]] = {
     "ranges": draw_ranges,
+    "rates": draw_rates,
     "drift": draw_drift,
     "scale_offset": draw_scale_offset,
 }

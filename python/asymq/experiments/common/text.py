@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asymq.experiments.files import BadInput
+from asymq.experiments.common.files import BadInput, first_line
 
 TRAIN, TEST = "wiki.train.raw", "wiki.test.raw"
 
@@ -79,9 +79,8 @@ def _of_hub(data: str, split: str) -> Text:
     try:
         rows = load_dataset(name, configuration or None, split=split)["text"]
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"--data {data}: neither a folder nor a dataset that loads: {reason}"
+            f"--data {data}: neither a folder nor a dataset that loads: {first_line(error)}"
         ) from None
     # WikiText's rows end as its lines do; the empty ones stand for lines of one blank.
     lines = (row if row.endswith("\n") else f"{row or ' '}\n" for row in rows)

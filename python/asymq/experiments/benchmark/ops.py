@@ -6,18 +6,20 @@ that over rotating buffers that together exceed the L2 cache many times. Smaller
 as users run them, from eager Python. Every figure is a median over a fixed span of time.
 """
 
-import csv
 import gc
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 import asymq
 from asymq import reference
-from asymq.experiments.measuring import header, median_seconds
+from asymq.experiments.benchmark import recorded
+from asymq.experiments.benchmark.timing import median_seconds
+from asymq.experiments.common.files import first_line
+from asymq.experiments.common.provenance import header
 
 BITS = 8
 GROUP = 128
@@ -32,7 +34,7 @@ ROTATION = 512 << 20  # bytes; about ten times an H200's L2
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     granularity: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,7 +60,7 @@ class Cell:
 
 
 @dataclass
-class Row:
+class OpTime:
     device: str
     dtype: str
     granularity: str
@@ -89,9 +91,9 @@ def straight_through(x, low, high, *, bits):
     return ((codes + origin) * scale).to(dtype).reshape(shape)
 
 
-def torch_core(cell):
+def torch_core(case):
     """torch's own learnable operator. It takes a scale and a zero point and knows no groups."""
-    if cell.granularity == "groups":
+    if case.granularity == "groups":
         raise RuntimeError("has no groups")
     k = 2**BITS - 1
 
@@ -99,25 +101,25 @@ def torch_core(cell):
         return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, 0, k, 1.0)
 
     def per_channel(x, scale, zero_point):
-        axis = 0 if cell.granularity == "axis0" else 1
+        axis = 0 if case.granularity == "axis0" else 1
         return torch._fake_quantize_learnable_per_channel_affine(
             x, scale, zero_point, axis, 0, k, 1.0
         )
 
-    return per_tensor if cell.granularity == "tensor" else per_channel
+    return per_tensor if case.granularity == "tensor" else per_channel
 
 
-def compiled(cell):
+def compiled(case):
     torch.compiler.reset()
     return torch.compile(lambda x, *ranges: reference.fake_quantize_min_max(x, *ranges, bits=BITS))
 
 
 def on_ranges(function):
-    return lambda cell: lambda x, *ranges: function(x, *ranges, bits=BITS)
+    return lambda case: lambda x, *ranges: function(x, *ranges, bits=BITS)
 
 
 METHODS = {
-    "copy": lambda cell: None,
+    "copy": lambda case: None,
     "asymq": on_ranges(asymq.fake_quantize_min_max),
     "straight_through": on_ranges(straight_through),
     "reference": on_ranges(reference.fake_quantize_min_max),
@@ -128,22 +130,22 @@ METHODS = {
 NOT_CAPTURABLE = {"torch_core"}
 
 
-def learned_tensors(method, cell):
-    low = torch.full(cell.range_shape, -3.0, device=cell.device)
-    high = torch.full(cell.range_shape, 4.0, device=cell.device)
+def learned_tensors(method, case):
+    low = torch.full(case.range_shape, -3.0, device=case.device)
+    high = torch.full(case.range_shape, 4.0, device=case.device)
     if method == "torch_core":
         scale = ((high - low) / (2**BITS - 1)).flatten()
         low, high = scale, (-low.flatten() / scale).round()
     return [low.requires_grad_(), high.requires_grad_()]
 
 
-def calls(method, cell, xs, gs):
+def calls(method, case, xs, gs):
     """For each measure a function that returns one callable per buffer; what a backward needs is
     computed when the function is called, outside of the timing."""
     if method == "copy":
         return {"both": lambda: [x.detach().clone for x in xs]}
-    function = METHODS[method](cell)
-    learned = learned_tensors(method, cell)
+    function = METHODS[method](case)
+    learned = learned_tensors(method, case)
     grad = torch.autograd.grad
 
     def forward(x, g, inputs):
@@ -210,19 +212,19 @@ def time_eager(functions, repeats, span, cuda):
     return median_seconds(wall_clock, span) / (repeats * len(functions))
 
 
-def measure(method, cell, span):
-    """Yields (measure, mode, seconds) of one method on one cell."""
-    cuda = cell.device == "cuda"
-    large = cell.elements >= GRAPH_LEAST
-    warm = cell.bytes <= WARM_MOST
-    buffers = 1 if warm or not cuda else max(2, math.ceil(ROTATION / cell.bytes))
-    xs = [torch.randn(cell.shape, device=cell.device).to(cell.dtype) for _ in range(buffers)]
-    gs = [torch.randn(cell.shape, device=cell.device).to(cell.dtype) for _ in range(buffers)]
+def measure(method, case, span):
+    """Yields (measure, mode, seconds) of one method on one case."""
+    cuda = case.device == "cuda"
+    large = case.elements >= GRAPH_LEAST
+    warm = case.bytes <= WARM_MOST
+    buffers = 1 if warm or not cuda else max(2, math.ceil(ROTATION / case.bytes))
+    xs = [torch.randn(case.shape, device=case.device).to(case.dtype) for _ in range(buffers)]
+    gs = [torch.randn(case.shape, device=case.device).to(case.dtype) for _ in range(buffers)]
     for x in xs:
         x.requires_grad_()
     graph = cuda and large and method not in NOT_CAPTURABLE
     repeats = (20 if warm else 1) if cuda and large else 1 if large else 100
-    for name, prepare in calls(method, cell, xs, gs).items():
+    for name, prepare in calls(method, case, xs, gs).items():
         functions = prepare()
         for _ in range(3 if cuda or not large else 1):
             functions[0]()
@@ -239,7 +241,7 @@ def measure(method, cell, span):
 # ---- the run ----------------------------------------------------------------------------------
 
 
-def cells(device, quick, dtypes, granularities):
+def cases(device, quick, dtypes, granularities):
     small = (4096,), (64, 64)
     weights = [(768, 768), (3072, 768), (768, 3072), (50257, 768)]
     if device == "cpu":
@@ -276,7 +278,7 @@ def cells(device, quick, dtypes, granularities):
     for granularity in granularities:
         for shape in shapes[granularity]:
             for dtype in dtypes:
-                yield Cell(granularity, shape, DTYPES[dtype], device)
+                yield Case(granularity, shape, DTYPES[dtype], device)
 
 
 # Compiling takes longer than measuring: a few shapes are enough.
@@ -287,7 +289,7 @@ COMPILED = {
 
 
 def markdown(rows, skipped, head):
-    """One line per cell and method: the time of forward + backward and every measure in copies."""
+    """One line per case and method: the time of forward + backward and every measure in copies."""
     lines = ["# Cost of one fake-quantize", "", *(f"- {line}" for line in head), ""]
     lines += [
         "Columns after the time are multiples of copying the tensor once; `frozen x`: without dx.",
@@ -315,6 +317,7 @@ def markdown(rows, skipped, head):
 
 def run(args):
     torch.set_num_threads(args.threads)
+    against = recorded.read(args, OpTime, [])
     span = 0.03 if args.quick else 0.06
     head, rows, skipped = header(args.device, f"{BITS} bits, min_max"), [], {}
     print("\n".join(head))
@@ -322,44 +325,41 @@ def run(args):
         # Autograd runs a backward on the stream of its forward; a capture needs both on its own.
         torch.cuda.set_stream(torch.cuda.Stream())
     else:
-        # The first use of memory, when the system hands it out, is not what is measured.
-        torch.ones(1 << 30)
+        _use_memory()
     start = time.perf_counter()
-    for cell in cells(args.device, args.quick, args.dtype, args.granularity):
-        run_cell(cell, args.only, span, rows, skipped)
+    for case in cases(args.device, args.quick, args.dtype, args.granularity):
+        measure_case(case, args.only, span, rows, skipped)
     print(f"{time.perf_counter() - start:.0f} s")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"ops_{args.device}"
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in head)
-        writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
     reasons = [
         f"{method}: {reason}: {', '.join(where)}" for (method, reason), where in skipped.items()
     ]
-    path.with_suffix(".md").write_text(markdown(rows, reasons, head))
-    print(f"wrote {path}.csv and {path}.md")
+    path = args.out / f"ops_{args.device}"
+    recorded.save(path, head, rows, markdown(rows, reasons, head), against)
 
 
-def run_cell(cell, methods, span, rows, skipped):
-    dtype = str(cell.dtype).removeprefix("torch.")
-    shape = "x".join(map(str, cell.shape))
+def _use_memory():
+    """The first use of memory, when the system hands it out, is not what is measured."""
+    torch.ones(1 << 30)
+
+
+def measure_case(case, methods, span, rows, skipped):
+    dtype = str(case.dtype).removeprefix("torch.")
+    shape = "x".join(map(str, case.shape))
     copy = math.nan
     for method in methods:
         if method == "compiled" and (
-            cell.shape not in COMPILED[cell.device] or cell.dtype == torch.float16
+            case.shape not in COMPILED[case.device] or case.dtype == torch.float16
         ):
             continue
         try:
-            for name, mode, seconds in measure(method, cell, span):
+            for name, mode, seconds in measure(method, case, span):
                 if method == "copy":
                     copy = seconds
-                row = Row(
-                    cell.device,
+                row = OpTime(
+                    case.device,
                     dtype,
-                    cell.granularity,
+                    case.granularity,
                     shape,
                     method,
                     name,
@@ -369,17 +369,17 @@ def run_cell(cell, methods, span, rows, skipped):
                 )
                 rows.append(row)
                 print(
-                    f"{dtype:8} {cell.granularity:9} {shape:>11} {method:16} {name:17} {mode:11} "
+                    f"{dtype:8} {case.granularity:9} {shape:>11} {method:16} {name:17} {mode:11} "
                     f"{row.milliseconds:10.4f} ms {row.copies:8.2f} copies",
                     flush=True,
                 )
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            skipped.setdefault((method, reason), []).append(f"{dtype} {cell.granularity} {shape}")
+            reason = first_line(error)[:100]
+            skipped.setdefault((method, reason), []).append(f"{dtype} {case.granularity} {shape}")
             print(
-                f"{dtype:8} {cell.granularity:9} {shape:>11} {method:16} skipped: {reason}",
+                f"{dtype:8} {case.granularity:9} {shape:>11} {method:16} skipped: {reason}",
                 file=sys.stderr,
             )
         gc.collect()
-        if cell.device == "cuda":
+        if case.device == "cuda":
             torch.cuda.empty_cache()

@@ -22,18 +22,19 @@ from tqdm import tqdm
 
 import asymq
 from asymq import PerChannel, QuantAct, QuantSpec
-from asymq.quantizer import Quantizer
-from asymq.training import StepRule
+from asymq.quantizers import Quantizer
+from asymq.training.step_rules import StepRule
 
-SAMPLES = 10_000
+SAMPLES, STEPS = 10_000, 5000
 DRIFT = 10.0  # how much wider drifting data become
 # The definitions of "converged" and of an oscillation.
 NEAR, STILL, STILL_STEPS, OSCILLATION_STEPS = 1.1, 0.02, 1000, 500
 
 
 @dataclass(frozen=True)
-class Parameterization:
-    """label: the paper's name. options: of QuantSpec. rule: of asymq.attach_step_rule."""
+class Variant:
+    """A parameterization, perhaps with an end frozen or a step rule. label: the paper's name.
+    options: of QuantSpec. rule: of asymq.attach_step_rule."""
 
     label: str
     options: dict = field(hash=False)
@@ -44,27 +45,21 @@ def _named(name: str, **options) -> dict:
     return {"parameterization": name, **options}
 
 
-PARAMETERIZATIONS = {
-    "scale_offset": Parameterization("scale/offset", _named("scale_offset")),
-    "min_max": Parameterization("min/max", _named("min_max")),
-    "beta_gamma": Parameterization("beta/gamma", _named("beta_gamma")),
-    "beta_gamma_sigmoid": Parameterization(
-        "beta/gamma sigmoid", _named("beta_gamma", sigmoid=True)
-    ),
-    "beta_gamma_dynamic": Parameterization(
-        "dynamic beta/gamma", _named("beta_gamma", dynamic=True)
-    ),
-    "min_max_plus": Parameterization("min/max+", _named("min_max"), "min_max_plus"),
-    "min_max_frozen": Parameterization("min/max, θmin frozen", _named("min_max", fix_min=True)),
-    "naive": Parameterization("naive", _named("scale_offset"), "naive"),
-    "naive_current": Parameterization(
-        "naive, current values", _named("scale_offset"), "naive_current"
-    ),
-    "sophisticated": Parameterization("sophisticated", _named("scale_offset"), "sophisticated"),
-    "kscale_koffset": Parameterization("kscale/koffset", _named("kscale_koffset")),
-    "symmetric_scale": Parameterization("symmetric s", _named("scale_offset", symmetric=True)),
-    "symmetric_max": Parameterization("symmetric θmax", _named("min_max", symmetric=True)),
-    "symmetric_gamma": Parameterization("symmetric γ", _named("beta_gamma", symmetric=True)),
+VARIANTS = {
+    "scale_offset": Variant("scale/offset", _named("scale_offset")),
+    "min_max": Variant("min/max", _named("min_max")),
+    "beta_gamma": Variant("beta/gamma", _named("beta_gamma")),
+    "beta_gamma_sigmoid": Variant("beta/gamma sigmoid", _named("beta_gamma", sigmoid=True)),
+    "beta_gamma_dynamic": Variant("dynamic beta/gamma", _named("beta_gamma", dynamic=True)),
+    "min_max_plus": Variant("min/max+", _named("min_max"), "min_max_plus"),
+    "min_max_frozen": Variant("min/max, θmin frozen", _named("min_max", fix_min=True)),
+    "naive": Variant("naive", _named("scale_offset"), "naive"),
+    "naive_current": Variant("naive, current values", _named("scale_offset"), "naive_current"),
+    "sophisticated": Variant("sophisticated", _named("scale_offset"), "sophisticated"),
+    "kscale_koffset": Variant("kscale/koffset", _named("kscale_koffset")),
+    "symmetric_scale": Variant("symmetric s", _named("scale_offset", symmetric=True)),
+    "symmetric_max": Variant("symmetric θmax", _named("min_max", symmetric=True)),
+    "symmetric_gamma": Variant("symmetric γ", _named("beta_gamma", symmetric=True)),
 }
 
 
@@ -97,7 +92,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a figure, of all seeds. name: of PARAMETERIZATIONS; lr: as typed. chain_rule:
+    """One line of a figure, of all seeds. name: of VARIANTS; lr: as typed. chain_rule:
     symmetric learning rates scaled such that s, θmax and γ move θmax alike (Table 3)."""
 
     name: str
@@ -107,19 +102,19 @@ class Curve:
     chain_rule: bool = False
 
     @property
-    def what(self) -> Parameterization:
-        return PARAMETERIZATIONS[self.name]
+    def variant(self) -> Variant:
+        return VARIANTS[self.name]
 
     @property
     def spec(self) -> QuantSpec:
-        return QuantSpec(bits=self.bits, granularity=PerChannel(0), **self.what.options)
+        return QuantSpec(bits=self.bits, granularity=PerChannel(0), **self.variant.options)
 
     @property
     def target(self) -> Target:
         return Target(self.data.std, self.data.relu, self.bits, self.spec.symmetric)
 
     def __str__(self) -> str:
-        return f"{self.what.label} {self.lr}, {self.bits} bit"
+        return f"{self.variant.label} {self.lr}, {self.bits} bits"
 
 
 @dataclass(frozen=True)
@@ -230,8 +225,8 @@ def train(curve: Curve, seeds: int, steps: int, best: Best) -> Run:
     if not spec.dynamic:
         quantizer.set_range(low, high)
     optimizer = torch.optim.Adam(asymq.range_parameters(quantizer, lr=float(curve.lr)))
-    if curve.what.rule:
-        asymq.attach_step_rule(optimizer, quantizer, curve.what.rule)
+    if curve.variant.rule:
+        asymq.attach_step_rule(optimizer, quantizer, curve.variant.rule)
     if curve.chain_rule:
         StepRule(optimizer, _chain_rule, [(quantizer, name) for name in quantizer.learned])
 
@@ -260,7 +255,7 @@ def train(curve: Curve, seeds: int, steps: int, best: Best) -> Run:
     tensors = learned | constants
     scale, offset = asymq.effective_scale_offset(
         spec.parameterization,
-        *(tensors[name] for name in spec.learned + spec.constants),
+        *(tensors[name] for name in spec.learnable + spec.constant),
         bits=spec.bits,
         symmetric=spec.symmetric,
         sigmoid=spec.sigmoid,

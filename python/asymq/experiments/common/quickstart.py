@@ -1,13 +1,12 @@
 """What the quick start learns from: a small GPT-2 and text that every Python installation has.
 
-``python -m asymq.experiments.quickstart FOLDER`` trains a tokenizer and a model from nothing on the
-help topics of Python and leaves FOLDER/gpt2-topics, a folder as transformers saves it, and
+``python -m asymq.experiments.common.quickstart FOLDER`` trains a tokenizer and a model from nothing
+on the help topics of Python and leaves FOLDER/gpt2-topics, a folder as transformers saves it, and
 FOLDER/text with wiki.train.raw and wiki.test.raw, as scripts/table2.py takes them.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import time
@@ -20,8 +19,9 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from asymq.experiments import text
-from asymq.experiments.files import write
+from asymq.experiments.common import text
+from asymq.experiments.common.command import Parser, integer
+from asymq.experiments.common.files import write
 
 NAME, CONTEXT, VOCABULARY, END = "gpt2-topics", 128, 2048, "<|endoftext|>"
 
@@ -87,9 +87,9 @@ def train_model(windows: torch.Tensor, steps: int, batch: int = 8, lr: float = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=integer(1), default=900, help="default 900")
     args = parser.parse_args()
     target = args.folder / NAME
     if target.exists():

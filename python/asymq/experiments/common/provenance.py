@@ -1,26 +1,15 @@
-"""What the benchmarks share: medians, and where and with what they were taken."""
+"""Where and with what results were made."""
 
 import datetime
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import asymq
-
-
-def median_seconds(sample: Callable[[], float], span: float) -> float:
-    """The median of sample() over `span` seconds: at least 5 calls, fewer if they are very slow."""
-    samples, start, elapsed = [], time.perf_counter(), 0.0
-    while elapsed < span or (len(samples) < 5 and elapsed < 10 * span):
-        samples.append(sample())
-        elapsed = time.perf_counter() - start
-    return statistics.median(samples)
+from asymq.experiments.common.words import count
 
 
 def machine(device: str) -> str:
@@ -35,7 +24,7 @@ def machine(device: str) -> str:
             if "model name" in line
         ]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {count(torch.get_num_threads(), 'thread')}"
 
 
 def header(device: str, setting: str) -> list[str]:

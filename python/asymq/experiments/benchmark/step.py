@@ -7,13 +7,11 @@ change what a step costs.
 
 from __future__ import annotations
 
-import csv
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -21,9 +19,10 @@ from torch import nn
 
 import asymq
 from asymq import reference
-from asymq.experiments import profile_step
-from asymq.experiments.measuring import header, median_seconds
-from asymq.quantizer import Quantizer
+from asymq.experiments.benchmark import profile, recorded
+from asymq.experiments.benchmark.timing import median_seconds
+from asymq.experiments.common.provenance import header
+from asymq.quantizers.functions import use_namespace
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ PRECISIONS = ("tf32", "bfloat16")
 
 
 @dataclass
-class Row:
+class StepTime:
     device: str
     precision: str
     method: str
@@ -170,12 +169,9 @@ def step_of(
         loss.backward()
         optimizer.step()
 
-    functions = Quantizer.functions
-    Quantizer.functions = method.functions
-    try:
+    quantized = method.functions is not None
+    with use_namespace(method.functions) if quantized else nullcontext():
         yield asymq.capture_step(step) if method.captured else step, model
-    finally:
-        Quantizer.functions = functions
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -199,7 +195,7 @@ def measure(step: Callable, device: str, span: float) -> tuple[float, float | No
     return median_seconds(sample, span), torch.cuda.max_memory_allocated() / 2**30
 
 
-def markdown(rows: list[Row], head: list[str]) -> str:
+def markdown(rows: list[StepTime], head: list[str]) -> str:
     lines = ["# A training step", "", *(f"- {line}" for line in head), ""]
     lines += ["| precision | method | ms | times float_eager | peak GiB |", "|---|---|---|---|---|"]
     for row in rows:
@@ -213,51 +209,48 @@ def run(args) -> None:
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     name = args.model or ("gpt2" if args.device == "cuda" else "quickstart")
-    setting, span, rows, profiles = MODELS[name], 1.0 if args.quick else 3.0, [], []
+    setting, suffix = f"{name}: {MODELS[name]}", f"_{args.model}" if args.model else ""
+    if args.checkpointing:
+        setting += ", gradient checkpointing"
+        suffix += "_checkpointing" if args.model else ""
+    against = recorded.read(args, StepTime, [setting])
     head = header(args.device, "random weights, 4-bit weights, 12-bit activations, range learning")
-    head.append(f"{name}: {setting}" + ", gradient checkpointing" * args.checkpointing)
+    head.append(setting)
     print("\n".join(head))
+    rows, profiles = [], []
     for precision in args.precision:
         base = float("nan")
         for method in args.only:
-            with step_of(METHODS[method], setting, args.device, precision, args.checkpointing) as (
-                step,
-                model,
-            ):
-                seconds, peak = measure(step, args.device, span)
-                if args.profile:
-                    title = f"{method}, {precision}"
-                    profiles += profile_step.markdown(
-                        profile_step.profile(step, model, seconds), title
-                    )
-            if method == "float_eager":
-                base = seconds
-            row = Row(
-                args.device,
-                precision,
-                method,
-                round(seconds * 1e3, 3),
-                round(seconds / base, 3),
-                peak and round(peak, 2),
-            )
+            row, lines = _measured(method, precision, base, MODELS[name], args)
+            base = row.milliseconds if method == "float_eager" else base
             rows.append(row)
-            print(
-                f"{precision:8} {method:12} {row.milliseconds:8.1f} ms {row.ratio:6.2f} times "
-                f"float_eager" + ("" if peak is None else f"  {peak:6.1f} GiB"),
-                flush=True,
-            )
-            del step, model
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
+            profiles += lines
+    path = args.out / f"step_{args.device}{suffix}"
+    recorded.save(path, head, rows, "\n".join([markdown(rows, head), *profiles]), against)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = "" if args.model is None else f"_{args.model}" + "_checkpointing" * args.checkpointing
-    path = args.out / f"step_{args.device}{name}"
-    with open(f"{path}.csv", "w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in head)
-        writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    Path(f"{path}.md").write_text("\n".join([markdown(rows, head), *profiles]))
-    print(f"wrote {path}.csv and {path}.md")
+
+def _measured(
+    method: str, precision: str, base: float, setting: Setting, args
+) -> tuple[StepTime, list[str]]:
+    """A row of the results, which it prints, and with args.profile where the time goes. base: the
+    milliseconds of float_eager, NaN before it is measured."""
+    profiled: list[str] = []
+    with step_of(METHODS[method], setting, args.device, precision, args.checkpointing) as made:
+        seconds, peak = measure(made[0], args.device, 1.0 if args.quick else 3.0)
+        if args.profile:
+            found = profile.profile(*made, seconds)
+            profiled = profile.markdown(found, f"{method}, {precision}")
+    milliseconds = round(seconds * 1e3, 3)
+    base = milliseconds if method == "float_eager" else base
+    ratio, peak = round(milliseconds / base, 3), peak and round(peak, 2)
+    row = StepTime(args.device, precision, method, milliseconds, ratio, peak)
+    memory = "" if peak is None else f"  {peak:6.1f} GiB"
+    print(
+        f"{precision:8} {method:12} {milliseconds:8.1f} ms {ratio:6.2f} times float_eager{memory}",
+        flush=True,
+    )
+    del made
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+    return row, profiled

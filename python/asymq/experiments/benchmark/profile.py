@@ -62,7 +62,7 @@ def profile(step: Callable, model: nn.Module, wall: float) -> Profile:
 
 def _time(step: Callable, result: Profile) -> None:
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(STEPS):
             step()
@@ -131,11 +131,14 @@ def _saved(step: Callable, model: nn.Module) -> dict[str, int]:
             seen[storage.data_ptr()] = storage
         return tensor
 
+    def leave(*_) -> None:
+        stack.pop()
+
     handles = []
     for name, module in model.named_modules():
         kind = re.sub(r"\.\d+", ".*", name) or type(module).__name__
         handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: stack.append(kind)))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+        handles.append(module.register_forward_hook(leave))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             step()

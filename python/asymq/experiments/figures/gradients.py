@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from torch import Tensor
 
 import asymq
 from asymq import QuantSpec
-from asymq.experiments.claims import Verdict
+from asymq.experiments.common.files import as_csv
+from asymq.experiments.figures.verdict import Verdict
 
 BITS, LOW, HIGH = 4, -1.1, 1.7
 REGIONS = ("inside", "below", "above")
@@ -86,12 +85,12 @@ def exact(title: str, x: Tensor) -> dict[str, Tensor]:
     rows = x.double().reshape(-1, 1).requires_grad_()
     learned = [column(value, True) for value in values]
     options = {"sigmoid": True} if spec.sigmoid else {}
-    function = getattr(asymq, spec.operator)
+    function = getattr(asymq, spec.function)
     quantized = function(
         rows, *learned, *(column(v, False) for v in constants), bits=spec.bits, **options
     )
     gradients = torch.autograd.grad(quantized.sum(), [rows, *learned])
-    names = ("x", *spec.learned)
+    names = ("x", *spec.learnable)
     found = {name: gradient[:, 0] for name, gradient in zip(names, gradients, strict=True)}
     return {"quantized": quantized.detach()[:, 0], **found}
 
@@ -105,26 +104,22 @@ def curves() -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
     return x, {title: exact(title, x) for title in LEARNED}
 
 
-def as_csv(x: Tensor, found: dict[str, dict[str, Tensor]]) -> str:
+def curves_csv(x: Tensor, found: dict[str, dict[str, Tensor]]) -> str:
     """Every fourth point of the plots."""
     columns = {"x": x}
     for title, values in found.items():
         for name, value in values.items():
             head = "x̂" if name == "quantized" else f"∂x̂/∂{SYMBOLS.get(name, name)}"
             columns[f"{title}: {head}"] = value
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    for row in torch.stack(list(columns.values()), dim=1)[::4].tolist():
-        writer.writerow(f"{value:.5g}" for value in row)
-    return file.getvalue()
+    points = torch.stack(list(columns.values()), dim=1)[::4].tolist()
+    return as_csv(columns, ([f"{value:.5g}" for value in row] for row in points))
 
 
 # ---- Tables 1 and 3 ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Row:
+class PrintedRow:
     """A row of a table. printed: its formulas inside, below and above as the paper has them;
     values: what these give. reasons: why a cell differs from the exact gradient, by region."""
 
@@ -171,22 +166,22 @@ _NO_SIGMOID = "the factor σ(1 - σ) of the sigmoid is missing"
 _AND_NO_SIGMOID = "; " + _NO_SIGMOID
 
 TABLE1 = (
-    Row("scale", ("e", "n", "p"), lambda t: (t.e, t.n, t.p), {}, "scale/offset"),
-    Row(
+    PrintedRow("scale", ("e", "n", "p"), lambda t: (t.e, t.n, t.p), {}, "scale/offset"),
+    PrintedRow(
         "offset",
         ("0", "1", "1"),
         lambda t: (0, 1, 1),
         {"below": _NO_S, "above": _NO_S},
         "scale/offset",
     ),
-    Row(
+    PrintedRow(
         "min",
         ("-e/k", _THETA_MIN_BELOW, "ζ/k"),
         lambda t: (-t.e / t.k, -t.n / t.k + t.ζ / t.k + 1, t.ζ / t.k),
         {"below": _MIN_BELOW, "above": _ABOVE},
         "min/max",
     ),
-    Row(
+    PrintedRow(
         "max",
         ("e/k", _THETA_MAX_BELOW, "-ζ/k + 1"),
         lambda t: (t.e / t.k, t.n / t.k - t.ζ / t.k, -t.ζ / t.k + 1),
@@ -194,7 +189,7 @@ TABLE1 = (
         "min/max",
     ),
     *(
-        Row(
+        PrintedRow(
             learned,
             tuple(f"{end}·({cell})" for cell in cells),
             values,
@@ -232,8 +227,8 @@ TABLE1 = (
 )
 
 TABLE3 = (
-    Row("scale", ("e", "n", "p"), lambda t: (t.e, t.n, t.p), {}, "symmetric s"),
-    Row(
+    PrintedRow("scale", ("e", "n", "p"), lambda t: (t.e, t.n, t.p), {}, "symmetric s"),
+    PrintedRow(
         "max",
         ("2e/k", "2n/k", "2p/k"),
         lambda t: tuple(2 / t.k * v for v in (t.e, t.n, t.p)),
@@ -241,7 +236,7 @@ TABLE3 = (
         "symmetric θmax",
     ),
     *(
-        Row(
+        PrintedRow(
             "gamma",
             ("θmax·2e/k", "θmax·2n/k", "θmax·2p/k"),
             lambda t: tuple(t.θmax * 2 / t.k * v for v in (t.e, t.n, t.p)),
@@ -255,8 +250,8 @@ TABLE3 = (
 TABLES = {"table1": TABLE1, "table3": TABLE3}
 
 
-class Cell(NamedTuple):
-    row: Row
+class Comparison(NamedTuple):
+    row: PrintedRow
     region: str
     formula: str
     printed: float
@@ -271,11 +266,11 @@ class Cell(NamedTuple):
         return f"∂x̂/∂{SYMBOLS[self.row.learned]}, {self.row.title}"
 
 
-def cells(rows: tuple[Row, ...]) -> list[Cell]:
+def compare(rows: tuple[PrintedRow, ...]) -> list[Comparison]:
     """Every cell of a table, in its order."""
     x = torch.tensor(POINTS, dtype=torch.float64)
     return [
-        Cell(row, *cell)
+        Comparison(row, *cell)
         for row in rows
         for cell in zip(
             REGIONS,
@@ -289,7 +284,7 @@ def cells(rows: tuple[Row, ...]) -> list[Cell]:
 
 def markdown(name: str) -> str:
     """The table as printed beside the exact gradients, and why cells differ."""
-    found = cells(TABLES[name])
+    found = compare(TABLES[name])
     t = _terms("symmetric s" if name == "table3" else "min/max")
     head = " | ".join(f"{region}: printed | value | exact" for region in REGIONS)
     lines = [
@@ -329,7 +324,7 @@ def markdown(name: str) -> str:
 
 def judge(name: str) -> list[Verdict]:
     """Whether the printed table is right; of Table 3 also what the paper concludes from it."""
-    found = cells(TABLES[name])
+    found = compare(TABLES[name])
     printed = [cell for cell in found if "sigmoid" not in cell.row.title]
     wrong = [f"{cell.name} {cell.region}" for cell in printed if cell.differs]
     measured = f"{len(wrong)} of {len(printed)} cells differ"
@@ -365,19 +360,17 @@ def judge(name: str) -> list[Verdict]:
 
 
 def table_csv(name: str) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("gradient", "parameterization", "region", "x", "printed", "exact", "differs"))
-    for cell in cells(TABLES[name]):
-        writer.writerow(
-            (
-                f"∂x̂/∂{SYMBOLS[cell.row.learned]}",
-                cell.row.title,
-                cell.region,
-                POINTS[REGIONS.index(cell.region)],
-                f"{cell.printed:.6g}",
-                f"{cell.exact:.6g}",
-                int(cell.differs),
-            )
+    header = ("gradient", "parameterization", "region", "x", "printed", "exact", "differs")
+    rows = [
+        (
+            f"∂x̂/∂{SYMBOLS[cell.row.learned]}",
+            cell.row.title,
+            cell.region,
+            POINTS[REGIONS.index(cell.region)],
+            f"{cell.printed:.6g}",
+            f"{cell.exact:.6g}",
+            int(cell.differs),
         )
-    return file.getvalue()
+        for cell in compare(TABLES[name])
+    ]
+    return as_csv(header, rows)

@@ -1,0 +1,98 @@
+"""What the experiments share about files: errors of one line, whole files or none, and locks."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """Something given cannot be used. The message is one line that says what to do."""
+
+
+def first_line(message: str | Exception) -> str:
+    """What an error says, or else what it is."""
+    return (str(message).strip() or type(message).__name__).splitlines()[0]
+
+
+def write(path: Path, body: str | Callable[[Path], None]) -> None:
+    """Makes the file `path` complete or not at all.
+
+    body: its text, or a function that writes the file it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if isinstance(body, str):
+            partial.write_text(body, encoding="utf-8")
+        else:
+            body(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def as_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def need_writable(out: Path) -> None:
+    """Makes the folder `out`. BadInput: nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """Whether this process alone has the lock `path` during the block.
+
+    The system takes it back when its process ends, however that happens.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path) as file:
+        if file is None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[io.TextIOWrapper | None]:
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            # Its last owner may have deleted the file between opening and locking it.
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                yield file
+                return
+
+
+def sha256(path: Path) -> str:
+    """The first 16 digits, enough to tell files apart."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

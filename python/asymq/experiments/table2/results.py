@@ -1,0 +1,209 @@
+"""What a folder of results holds: a JSON file per cell, checkpoints of unfinished ones, ranges."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from asymq.experiments.common.files import BadInput
+from asymq.experiments.table2.protocol import PARAMETERIZATIONS
+
+DIVERGED, DIVERGED_ABOVE = "diverged", 1e6
+_NEEDED = {"model", "parameterization", "lr", "fp_ppl", "final_ppl", "settings"}
+_CHANGE_NO_RESULT = ("eval_every", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. model: its label. lr: as typed. seed: None is the protocol's, the others are
+    named."""
+
+    model: str
+    parameterization: str
+    lr: str
+    seed: int | None = None
+
+    @classmethod
+    def named(cls, name: str) -> Cell:
+        """The inverse of `name`."""
+        name, _, seed = name.partition("__seed")
+        return cls(*name.rsplit("__", 2), int(seed) if seed else None)
+
+    @property
+    def name(self) -> str:
+        parts = [self.model, self.parameterization, self.lr]
+        return "__".join(parts if self.seed is None else [*parts, f"seed{self.seed}"])
+
+    def __str__(self) -> str:
+        seed = "" if self.seed is None else f" seed {self.seed}"
+        return f"{self.model} {self.parameterization} {self.lr}{seed}"
+
+
+def checkpoint_path(out: Path, cell: Cell) -> Path:
+    return out / "checkpoints" / f"{cell.name}.pt"
+
+
+def lock_path(out: Path, cell: Cell) -> Path:
+    return out / "checkpoints" / f"{cell.name}.lock"
+
+
+def ranges_path(out: Path, cell: Cell) -> Path:
+    """The learned ranges, by the names that the prepared model's state_dict has for them."""
+    return out / "ranges" / f"{cell.name}.safetensors"
+
+
+def result_path(out: Path, cell: Cell) -> Path:
+    return out / f"{cell.name}.json"
+
+
+def result_paths(out: Path) -> list[Path]:
+    return sorted(path for path in out.glob("*__*__*.json") if not path.name.startswith("."))
+
+
+def read_result(path: Path) -> dict:
+    """BadInput: it is damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if missing := _NEEDED - {*result}:
+            raise ValueError(missing)
+        return {**result, "cell": Cell.named(path.stem)}
+    except (OSError, ValueError, TypeError):
+        raise BadInput(f"{path}: is not a result; delete it and the cell is run again") from None
+
+
+def read_results(out: Path) -> list[dict]:
+    return [read_result(path) for path in result_paths(out)]
+
+
+def read_checkpoint(out: Path, cell: Cell) -> dict | None:
+    """What an unfinished cell left; None if there is nothing. BadInput: it is damaged."""
+    path = checkpoint_path(out, cell)
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        raise BadInput(
+            f"{path}: this checkpoint is incomplete; delete it and the cell starts again"
+        ) from None
+
+
+def need_same_settings(path: Path, found: dict, settings: dict) -> None:
+    """BadInput: the file `path`, made with the settings `found`, is of others than `settings`."""
+    for key, value in settings.items():
+        if key not in _CHANGE_NO_RESULT and found.get(key) != value:
+            raise BadInput(
+                f"{path}: was made with {key} {found.get(key)}, not {value}; choose another --out, "
+                "or delete it"
+            )
+
+
+# ---- all seeds of a cell -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the table: the results of a model, parameterization and learning rate, one for
+    every seed."""
+
+    results: tuple[dict, ...]
+
+    @property
+    def first(self) -> dict:
+        return self.results[0]
+
+    @property
+    def model(self) -> str:
+        return self.first["model"]
+
+    @property
+    def column(self) -> tuple[str, float]:
+        return self.first["parameterization"], self.first["lr"]
+
+    def place(self) -> tuple:
+        """Sorts entries as the table has its columns."""
+        return order(self.column[0]), -self.column[1]
+
+    @property
+    def lr(self) -> str:
+        """As typed."""
+        return self.first["cell"].lr
+
+    @property
+    def title(self) -> str:
+        """What tables and plots call it, such as "min/max 1e-2"."""
+        return f"{label(self.column[0])} {self.lr}"
+
+    def perplexities(self) -> dict[int, list[float]]:
+        """Of all seeds by step, where none is diverged."""
+        common = set.intersection(*(set(result["ppl"]) for result in self.results))
+        values = {int(s): [result["ppl"][s] for result in self.results] for s in common}
+        return {s: v for s, v in sorted(values.items()) if DIVERGED not in v}
+
+    def losses(self) -> list[float]:
+        """By step, the mean of all seeds, up to where one is not finite."""
+        losses = []
+        for values in zip(*(result["loss"] for result in self.results), strict=False):
+            if None in values:
+                break
+            losses.append(statistics.fmean(values))
+        return losses
+
+    @property
+    def finite(self) -> bool:
+        return all(None not in result["loss"] for result in self.results)
+
+
+def entries(found: list[dict]) -> list[Entry]:
+    """In the order of the table: models as found, then its columns."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in sorted(found, key=lambda result: result.get("seed", 0)):
+        key = result["model"], result["parameterization"], result["lr"]
+        groups.setdefault(key, []).append(result)
+    models = list(dict.fromkeys(result["model"] for result in found))
+
+    made = [Entry(tuple(results)) for results in groups.values()]
+    return sorted(made, key=lambda entry: (models.index(entry.model), entry.place()))
+
+
+def by_model(found: list[dict]) -> dict[str, list[Entry]]:
+    models: dict[str, list[Entry]] = {}
+    for entry in entries(found):
+        models.setdefault(entry.model, []).append(entry)
+    return models
+
+
+def order(parameterization: str) -> tuple[int, str]:
+    """Those that this version does not know come last."""
+    known = parameterization in PARAMETERIZATIONS
+    place = PARAMETERIZATIONS.index(parameterization) if known else len(PARAMETERIZATIONS)
+    return place, parameterization
+
+
+def label(parameterization: str) -> str:
+    return parameterization.replace("_", "/")
+
+
+def mean_and_spread(values: list[float | str | None]) -> tuple[float | str | None, float | None]:
+    """Mean and standard deviation (of a sample; None for one value); a word if any is one."""
+    words = [value for value in values if isinstance(value, str)]
+    if words:
+        some = "" if len(words) == len(values) else f"{len(words)} of {len(values)} "
+        return some + words[0], None
+    if None in values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def perplexity_or_word(value: float) -> float | str:
+    return value if value <= DIVERGED_ABOVE else DIVERGED  # NaN is not <= anything
+
+
+def finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,150 @@
+"""The command that measures: what it writes, and comparing with what is recorded."""
+
+import csv
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from asymq.experiments.benchmark import ops, profile, recorded, step
+
+ROOT = Path(__file__).parents[2]
+script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+main = script["main"]
+OPS = ("ops", "--device", "cpu", "--threads", "1", "--only", "copy,asymq")
+STEP = ("step", "--device", "cpu", "--threads", "1", "--only", "float_eager,asymq")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """One case of operators, a model of one layer, and next to no time for each."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    case = ops.Case("tensor", (64,), torch.float32, "cpu")
+    monkeypatch.setattr(ops, "cases", lambda *_: [case])
+    monkeypatch.setattr(ops, "_use_memory", lambda: None)
+    monkeypatch.setattr(ops, "median_seconds", lambda sample, span: sample())
+    monkeypatch.setattr(step, "median_seconds", lambda sample, span: sample())
+    tiny = step.Setting("gpt2", 1, 8, 2, 32, batch=1, context=8)
+    monkeypatch.setitem(step.MODELS, "quickstart", tiny)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+def run(command, out, *more):
+    main([*command, "--out", str(out), *map(str, more)])
+
+
+def rows(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
+
+
+def refused(command, out, capsys, *more):
+    """The one line of an error with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(command, out, *more)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("benchmark.py") and error.count("\n") == 1
+    return error
+
+
+def test_results_of_record_are_not_written_over(monkeypatch):
+    """Without --out nothing of the checkout but its build folder is written to."""
+    found = []
+    monkeypatch.setattr(ops, "run", lambda args: found.append(args.out))
+    main(list(OPS))
+    assert found == [ROOT / "build" / "benchmark"]
+
+
+def test_ops(tmp_path):
+    run(OPS, tmp_path)
+    found = rows(tmp_path / "ops_cpu.csv")
+    assert [(row["method"], row["measure"]) for row in found] == [
+        ("copy", "both"),
+        *(("asymq", measure) for measure in ops.MEASURES),
+    ]
+    assert all(float(row["milliseconds"]) > 0 for row in found)
+    assert "| float32 | tensor | 64 | asymq | eager |" in (tmp_path / "ops_cpu.md").read_text()
+
+
+def test_step(tmp_path):
+    run(STEP, tmp_path, "--profile")
+    found = rows(tmp_path / "step_cpu.csv")
+    assert [(row["precision"], row["method"]) for row in found] == [
+        (precision, method) for precision in step.PRECISIONS for method in ("float_eager", "asymq")
+    ]
+    assert found[0]["ratio"] == "1.0" and found[0]["peak_gib"] == ""
+    text = (tmp_path / "step_cpu.md").read_text()
+    assert "## asymq, bfloat16" in text and "| fake-quantize |" in text
+
+
+@pytest.mark.parametrize("command, name", [(OPS, "ops_cpu"), (STEP, "step_cpu")])
+def test_against_an_earlier_run(command, name, tmp_path, capsys):
+    run(command, tmp_path / "then")
+    file = tmp_path / "then" / f"{name}.csv"
+    run(command, tmp_path / "now", "--against", file)
+    report = (tmp_path / "now" / f"{name}.md").read_text()
+    comparison = report[report.index(f"## Against {name}.csv") :]
+    assert comparison in capsys.readouterr().out
+    assert comparison.count("| ") and "Not in" not in comparison
+    assert all(f"| {', '.join(key)} |" in comparison for key in keys(file))
+
+
+def keys(file):
+    """What the rows are of, without the device."""
+    return [list(row.values())[1 : list(row).index("milliseconds")] for row in rows(file)]
+
+
+def test_comparison():
+    def row(method, milliseconds):
+        return step.StepTime("cpu", "tf32", method, milliseconds, 1.0, None)
+
+    then = {recorded.key(row(method, 1.0)): 2.0 for method in ("float_eager", "asymq")}
+    against = recorded.Recorded(Path("old.csv"), ["a machine"], then)
+    text = recorded.comparison([row("asymq", 3.0), row("reference", 9.0)], against)
+    assert "- a machine\n" in text
+    assert "| tf32, asymq | 2 | 3 | 1.500 |" in text
+    assert text.endswith(
+        "Not in this run: 1\n\n- tf32, float_eager\n\nNot in old.csv: 1\n\n- tf32, reference\n"
+    )
+
+
+def test_against_what_is_not_comparable(tmp_path, capsys):
+    run(OPS, tmp_path)
+    run(STEP, tmp_path)
+    ops_file, step_file = tmp_path / "ops_cpu.csv", tmp_path / "step_cpu.csv"
+    assert "not of `benchmark.py step`" in refused(STEP, tmp_path, capsys, "--against", ops_file)
+    assert "not of `benchmark.py ops`" in refused(OPS, tmp_path, capsys, "--against", step_file)
+    elsewhere = tmp_path / "cuda.csv"
+    elsewhere.write_text(ops_file.read_text().replace("cpu,", "cuda,"))
+    message = refused(OPS, tmp_path, capsys, "--against", elsewhere)
+    assert "was measured on cuda, this is cpu" in message
+    larger = tmp_path / "larger.csv"
+    larger.write_text(step_file.read_text().replace("layers=1", "layers=2"))
+    assert "layers=2" in refused(STEP, tmp_path, capsys, "--against", larger)
+    message = refused(STEP, tmp_path, capsys, "--against", tmp_path / "nothing.csv")
+    assert "No such file" in message
+    of_record = ROOT / "scripts" / "results" / "step_cuda.csv"
+    assert "measured on cuda" in refused(STEP, tmp_path, capsys, "--against", of_record)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--threads", "0"), "--threads: must be an integer of at least 1"),
+        (("--only", "asymq,magic"), "no magic"),
+    ],
+)
+def test_bad_input_is_one_line(more, message, tmp_path, capsys):
+    assert message in refused(OPS, tmp_path / "out", capsys, *more)
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(OPS, tmp_path / "file", capsys)
+
+
+def test_every_operator_has_a_part():
+    parts = {"asymq::fake_quantize": "fake-quantize", "aten::mm": "GEMMs", "aten::exp": "rest"}
+    assert {name: profile.part(name) for name in parts} == parts
