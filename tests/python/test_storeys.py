@@ -1,5 +1,5 @@
-"""The storeys of the Python package: a file imports from its own storey and those below, and nothing
-goes in circles."""
+"""The storeys of the Python package: a file imports from its own storey and those below, and
+nothing goes in circles."""
 
 import ast
 import re
