@@ -154,6 +154,7 @@ struct Op;
 template <detail::Literal name, class R, class... A>
 struct Op<name, R(A...)> {
   R operator()(A... arguments) const {
+    // The search by name takes longer than many a call.
     static const auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow(name.text, "")
