@@ -117,10 +117,9 @@ def test_all_modules_are_in_the_wheel(python):
     found = [
         line.split() for line in checked(python, "-c", MODULES, cwd=python.parent).splitlines()
     ]
-    package = ROOT / "python" / "asymq"
-    modules = {path.relative_to(package) for path in package.rglob("*.py")}
-    modules = {path.parent if path.name == "__init__.py" else path for path in modules}
-    expected = {".".join(("asymq", *path.with_suffix("").parts)) for path in modules}
+    files = (ROOT / "python" / "asymq").rglob("*.py")
+    modules = [path.relative_to(ROOT / "python").with_suffix("").parts for path in files]
+    expected = {".".join(part for part in parts if part != "__init__") for parts in modules}
     assert {name for name, *_ in found} == expected - {"asymq", "asymq.__main__"}
     assert {needed for _, *rest in found for needed in rest[1:]} <= EXTRAS
 
