@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asymq.layers import QuantLayer
 from asymq.models.root import Prepared, warn_of_unreached
-from asymq.quantizers import OFF, QUANTIZING, Quantizer, is_split, named_quantizers
+from asymq.quantizers import OFF, QUANTIZING, Quantizer, WeightQuantizer, is_split, named_quantizers
 from asymq.wrappers import unwrap
 
 
@@ -83,7 +83,7 @@ def _warn(model: nn.Module, unseen: list[str], without_width: list[str]) -> None
 
 def _calibrate_weights(model: nn.Module, force_zero: bool) -> list[str]:
     """Names of the weights' quantizers whose weight has no width."""
-    weights = {}
+    weights: dict[WeightQuantizer, Tensor] = {}
     for module in model.modules():
         if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
             weights.setdefault(module.weight_quantizer, module.weight)
@@ -146,15 +146,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _undone_on_error(quantizers: list[tuple[str, Quantizer]]) -> Iterator[None]:
     """Gives every quantizer back its ranges, calibrated state and state if the body raises."""
     before = [
-        ({k: v.clone() for k, v in q.range_tensors().items()}, q.calibrated, q.state, q.reached)
+        (q, {k: v.clone() for k, v in q.range_tensors().items()}, q.calibrated, q.state, q.reached)
         for _, q in quantizers
     ]
     try:
         yield
     except BaseException:
-        for (_, quantizer), (tensors, *rest) in zip(quantizers, before, strict=True):
+        for quantizer, tensors, calibrated, state, reached in before:
             for name, tensor in quantizer.range_tensors().items():
                 tensor.copy_(tensors[name])
             quantizer.take_observed()
-            quantizer.calibrated, quantizer.state, quantizer.reached = rest
+            quantizer.calibrated, quantizer.state, quantizer.reached = calibrated, state, reached
         raise

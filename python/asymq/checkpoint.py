@@ -54,7 +54,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state, tied tensors once under their first name."""
-    state, first = {}, {}
+    state: dict[str, Tensor] = {}
+    first: dict[int | tuple, str] = {}
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if is_split(tensor) else tensor
         key = id(tensor) if tensor is not whole else elements(whole)
@@ -176,8 +177,8 @@ def _with_ties(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def _settings(model: nn.Module, name: str) -> dict | None:
     """transformers' settings of a model; None where there are none, or they are something else."""
-    settings = getattr(model, name, None)
-    return settings.to_dict() if hasattr(settings, "to_dict") else None
+    to_dict = getattr(getattr(model, name, None), "to_dict", None)
+    return None if to_dict is None else to_dict()
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:

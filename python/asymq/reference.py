@@ -27,7 +27,8 @@ Granularity is the shape of the range tensors: one element, or as many dimension
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ def _d_ends(sums: Sums, grid: Grid, k: int) -> tuple[Tensor, Tensor]:
     Composing dL/ds and dL/dz instead is the same on paper only: for a collapsed or reversed range
     the terms cancel and what is left is rounding error.
     """
+    assert grid.offset is not None
     offset = grid.offset.double()
     share = (offset.round() - offset) / k
     rounding = sums.inside / k
@@ -94,7 +96,14 @@ def _d_ends(sums: Sums, grid: Grid, k: int) -> tuple[Tensor, Tensor]:
     )
 
 
-class ScaleOffset:
+class Parameterization:
+    """grid(k, eps, *parameters) and gradients(sums, grid, k, *parameters)."""
+
+    grid: ClassVar[Callable[..., Grid]]
+    gradients: ClassVar[Callable[..., tuple[Tensor, ...]]]
+
+
+class ScaleOffset(Parameterization):
     """Learns s and z themselves (LSQ+)."""
 
     @staticmethod
@@ -106,7 +115,7 @@ class ScaleOffset:
         return _d_scale(sums, grid, k), _d_offset(sums, grid)
 
 
-class MinMax:
+class MinMax(Parameterization):
     """Learns the ends: s = (θmax - θmin)/k, z = θmin/s (eq. 1)."""
 
     @staticmethod
@@ -119,8 +128,8 @@ class MinMax:
         return _d_ends(sums, grid, k)
 
 
-class BetaGamma:
-    """Learns factors of the constant ends: s = (γ θmax - β θmin)/k, z = β θmin/s (eq. 3)."""
+class _Factors(Parameterization):
+    """The factors are what is learned."""
 
     @staticmethod
     def factor(learned: Tensor) -> Tensor:
@@ -130,12 +139,20 @@ class BetaGamma:
     def d_factor(learned: Tensor) -> Tensor | float:
         return 1.0
 
+
+class BetaGamma(_Factors):
+    """Learns factors of the constant ends: s = (γ θmax - β θmin)/k, z = β θmin/s (eq. 3)."""
+
     @classmethod
-    def grid(cls, k: int, eps: float, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor):
+    def grid(
+        cls, k: int, eps: float, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
+    ) -> Grid:
         return MinMax.grid(k, eps, cls.factor(beta) * low, cls.factor(gamma) * high)
 
     @classmethod
-    def gradients(cls, sums: Sums, grid: Grid, k: int, beta, gamma, low, high):
+    def gradients(
+        cls, sums: Sums, grid: Grid, k: int, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
+    ) -> tuple[Tensor, ...]:
         """Table 1, last two rows: the rows of the ends times θmin and θmax."""
         d_low, d_high = _d_ends(sums, grid, k)
         return (
@@ -163,7 +180,7 @@ class BetaGammaSigmoid(_Sigmoid, BetaGamma):
     pass
 
 
-class KScaleKOffset:
+class KScaleKOffset(Parameterization):
     """Learns s' and z' with s = s'/k and z = k z' (eq. 9)."""
 
     @staticmethod
@@ -175,7 +192,7 @@ class KScaleKOffset:
         return _d_scale(sums, grid, k) / k, _d_offset(sums, grid) * k
 
 
-class SymmetricScale:
+class SymmetricScale(Parameterization):
     """Learns s (Table 3)."""
 
     @staticmethod
@@ -187,7 +204,7 @@ class SymmetricScale:
         return (_d_scale(sums, grid, k),)
 
 
-class SymmetricMax:
+class SymmetricMax(Parameterization):
     """Learns the upper end: s = 2 θmax/k (eq. 10 prints b; Table 3 shows that k is meant)."""
 
     @staticmethod
@@ -199,7 +216,7 @@ class SymmetricMax:
         return (_d_scale(sums, grid, k) * (2 / k),)
 
 
-class SymmetricGamma(BetaGamma):
+class SymmetricGamma(_Factors):
     """Learns a factor of the constant upper end: s = 2 γ θmax/k (Table 3)."""
 
     @classmethod
@@ -207,7 +224,9 @@ class SymmetricGamma(BetaGamma):
         return SymmetricMax.grid(k, eps, cls.factor(gamma) * high)
 
     @classmethod
-    def gradients(cls, sums: Sums, grid: Grid, k: int, gamma: Tensor, high: Tensor):
+    def gradients(
+        cls, sums: Sums, grid: Grid, k: int, gamma: Tensor, high: Tensor
+    ) -> tuple[Tensor, ...]:
         (d_high,) = SymmetricMax.gradients(sums, grid, k)
         return (d_high * high.double() * cls.d_factor(gamma),)
 
@@ -216,7 +235,7 @@ class SymmetricGammaSigmoid(_Sigmoid, SymmetricGamma):
     pass
 
 
-PARAMETERIZATIONS = {
+PARAMETERIZATIONS: dict[str, type[Parameterization]] = {
     "scale_offset": ScaleOffset,
     "min_max": MinMax,
     "beta_gamma": BetaGamma,
@@ -362,7 +381,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad = blocks.split(grad)
         grad_x = blocks.join(torch.where(outside, 0, grad)) if need_x else None
 
-        gradients = [None] * len(parameters)
+        gradients: list[Tensor | None] = [None] * len(parameters)
         if any(need_parameters):
             g = grad.to(u.dtype)
             # Selected, not multiplied by a mask: g outside may be inf or NaN.
@@ -501,7 +520,8 @@ def effective_scale_offset(
             f"asymq.reference: no parameterization {parameterization!r} with "
             f"symmetric={symmetric} and sigmoid={sigmoid}"
         )
-    return tuple(PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *parameters))
+    grid = PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *parameters)
+    return grid.scale, grid.offset
 
 
 @torch.no_grad()

@@ -120,4 +120,4 @@ def test_reference_needs_torch_alone():
     names = re.findall(
         r"^(?:from|import) (\w+)", (ROOT / "python/asymq/reference.py").read_text(), re.M
     )
-    assert set(names) <= {"__future__", "typing", "torch"}
+    assert set(names) <= {"__future__", "collections", "typing", "torch"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from asymq import ops
@@ -23,6 +23,10 @@ class QuantAttention(Quantized):
     `quantized_attention` uses these quantizers."""
 
     sites = ("scores_quantizer", "probabilities_quantizer", "context_quantizer")
+    scores_quantizer: Quantizer | None
+    probabilities_quantizer: Quantizer | None
+    context_quantizer: Quantizer | None
+    config: PreTrainedConfig
 
     @classmethod
     def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
@@ -50,7 +54,7 @@ class QuantAttention(Quantized):
 
 
 def quantized_attention(
-    module: nn.Module,
+    module: QuantAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,7 +85,8 @@ def quantized_attention(
     causal = attention_mask is None and queries == keys and getattr(module, "is_causal", False)
     before, after = module.scores_quantizer, module.probabilities_quantizer
     dropout = dropout if module.training else 0.0
-    if fused.fusible(before, after) and not dropout and not torch.compiler.is_compiling():
+    plain = not dropout and not torch.compiler.is_compiling()
+    if plain and fused.fusible(before) and fused.fusible(after):
         probabilities = fused.softmax(scores, attention_mask, causal, before, after)
         context = _attend(probabilities, value, scores, attention_mask, causal, before, after)
     else:
@@ -102,10 +107,10 @@ def _attend(
     before: Quantizer,
     after: Quantizer,
 ) -> Tensor:
-    ranges = [quantizer.range_arguments() for quantizer in (before, after)]
-    tensors = [tensor for range_ in ranges for tensor in range_.parameters]
-    rest = [range_._replace(parameters=len(range_.parameters)) for range_ in ranges]
-    return _Attend.apply(probabilities, value, scores, mask, causal, rest, *tensors)
+    first, second = before.range_arguments(), after.range_arguments()
+    tensors = (*first.parameters, *second.parameters)
+    ranges = first._replace(parameters=()), second._replace(parameters=()), len(first.parameters)
+    return _Attend.apply(probabilities, value, scores, mask, causal, ranges, *tensors)
 
 
 class _Attend(torch.autograd.Function):
@@ -128,8 +133,7 @@ class _Attend(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_probabilities = grad @ value.transpose(-1, -2)
         if ctx.needs_input_grad[1]:
-            before, after = ctx.ranges
-            first = before.parameters
+            before, after, first = ctx.ranges
             probabilities = ops.quantized_softmax(
                 scores,
                 mask,

@@ -19,6 +19,7 @@ class QuantConv1D(QuantLayer, Conv1D):
     """
 
     float_class = Conv1D
+    bias: Tensor
     channel_axis, reduction_axis = 1, 0
 
     def __init__(

@@ -3,6 +3,8 @@ operations elsewhere, with the same result but for rounding."""
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,17 +12,19 @@ from torch.nn import functional as F
 from asymq import ops
 from asymq.quantizers import Quantizer, apply, is_unobserved
 
+Child = TypeVar("Child", bound=nn.Module)
+
 # Added to a score, this and less hides its key; a smaller bias (ALiBi's) is part of the score.
 HIDES = -1e4
 _HIDES_IN_BFLOAT16 = torch.tensor(HIDES, dtype=torch.bfloat16).item()
 
 
-def fusible(*quantizers: Quantizer | None) -> bool:
-    """Whether one kernel may do what all of these would do."""
-    return all(quantizer is not None and quantizer.fusible for quantizer in quantizers)
+def fusible(quantizer: Quantizer | None) -> TypeGuard[Quantizer]:
+    """Whether a kernel that does more may do what this quantizer would do."""
+    return quantizer is not None and quantizer.fusible
 
 
-def may_skip(child: nn.Module, cls: type) -> bool:
+def may_skip(child: nn.Module, cls: type[Child]) -> TypeGuard[Child]:
     """Whether a parent may do the work of a child of class `cls` itself: it is that class still (no
     adapter, not sharded alone), and nobody can notice that it is not called."""
     return type(child) is cls and is_unobserved(child)
@@ -28,7 +32,7 @@ def may_skip(child: nn.Module, cls: type) -> bool:
 
 def gelu(x: Tensor, before: Quantizer | None, after: Quantizer | None) -> Tensor:
     """after(gelu(before(x))) with GELU's tanh approximation, of any shape."""
-    if fusible(before, after):
+    if fusible(before) and fusible(after):
         return ops.quantized_gelu(x, before.range_arguments(), after.range_arguments())
     return apply(after, F.gelu(apply(before, x), approximate="tanh"))
 
@@ -48,7 +52,7 @@ def softmax(
     keys up to q + keys - queries. Of a row that sees no key the kernel gives 0, single operations
     what `after` makes of the uniform distribution, as eager attention.
     """
-    if fusible(before, after):
+    if fusible(before) and fusible(after):
         return ops.quantized_softmax(
             scores, mask, before.range_arguments(), after.range_arguments(), causal=causal
         )

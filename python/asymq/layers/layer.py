@@ -46,11 +46,11 @@ class QuantLayer(Quantized):
     @classmethod
     def output_channels(cls, module: nn.Module) -> int | None:
         """Size of the last axis of what a float module of this type returns."""
-        return module.weight.shape[cls.channel_axis]
+        return weight_of(module).shape[cls.channel_axis]
 
     @classmethod
     def input_channels(cls, module: nn.Module) -> int | None:
-        return module.weight.shape[cls.reduction_axis]
+        return weight_of(module).shape[cls.reduction_axis]
 
     @classmethod
     def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
@@ -99,14 +99,19 @@ class QuantLayer(Quantized):
                 f"{label}: takes indices and returns values of its weight's grid; output and "
                 "input must be None"
             )
-        device = device if module.weight is None else module.weight.device
+        if module.weight is not None:
+            device = weight_of(module).device
         prefix = f"{name}." if name else ""
 
         def act(site: str, spec: QuantSpec | None, channels: int | None) -> QuantAct | None:
-            return spec and QuantAct.on_last_axis(spec, channels, f"{prefix}{site}", device)
+            if spec is None:
+                return None
+            return QuantAct.on_last_axis(spec, channels, f"{prefix}{site}", device)
 
         return {
-            "weight_quantizer": weight and cls.make_weight_quantizer(module, weight, prefix),
+            "weight_quantizer": (
+                None if weight is None else cls.make_weight_quantizer(module, weight, prefix)
+            ),
             "output_quantizer": act("output_quantizer", output, cls.output_channels(module)),
             "input_quantizer": act("input_quantizer", input, cls.input_channels(module)),
         }
@@ -117,11 +122,11 @@ class QuantLayer(Quantized):
     ) -> WeightQuantizer:
         return cls.weight_quantizer_class(
             spec,
-            tuple(module.weight.shape),
+            tuple(weight_of(module).shape),
             channel_axis=cls.channel_axis,
             reduction_axis=cls.reduction_axis,
             name=f"{prefix}weight_quantizer",
-            device=module.weight.device,
+            device=weight_of(module).device,
         )
 
     @classmethod
@@ -165,6 +170,13 @@ class QuantNorm(QuantLayer):
     kind = "norm_weight"
     weight_quantizer_class = NormWeightQuantizer
     default_weight = NORM_WEIGHT
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a float layer that has one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def need_class(module: nn.Module, cls: type, expected: str, *classes: type) -> None:

@@ -48,8 +48,8 @@ class QuantLinear(QuantLayer, nn.Linear):
         input: QuantSpec | None = None,
     ) -> QuantLayer:
         """Of an nn.Linear or a Conv1D: a new layer that shares its parameters."""
-        base = registry.find(type(module))
-        if base is None or base.__name__ not in ("QuantLinear", "QuantConv1D"):
+        base, names = registry.find(type(module)), ("QuantLinear", "QuantConv1D")
+        if base is None or not issubclass(base, QuantLayer) or base.__name__ not in names:
             need_class(module, cls, "nn.Linear or Conv1D", nn.Linear)
             base = cls
         return base.of_float(module, weight, output, input)

@@ -55,6 +55,7 @@ def causal_lm_loss(
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **options)
     raw, quantizer = found
     if shift_labels is None:
+        assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.flatten().to(raw.device)
     losses = fused.cross_entropy(raw.view(-1, vocab_size), shift_labels, quantizer, ignore_index)

@@ -18,6 +18,7 @@ class QuantLayerNorm(QuantNorm, nn.LayerNorm):
     """
 
     float_class = nn.LayerNorm
+    weight: nn.Parameter  # None with elementwise_affine=False, and so is its quantizer
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class QuantLayerNorm(QuantNorm, nn.LayerNorm):
 
     @classmethod
     def output_channels(cls, module: nn.Module) -> int:
+        assert isinstance(module, nn.LayerNorm)
         return module.normalized_shape[-1]
 
     input_channels = output_channels
@@ -53,6 +55,3 @@ class QuantLayerNorm(QuantNorm, nn.LayerNorm):
         x = apply(self.input_quantizer, x)
         y = F.layer_norm(x, self.normalized_shape, self.quantized_weight(), self.bias, self.eps)
         return self.quantize_output(y)
-
-    def quantized_weight(self) -> Tensor | None:
-        return self.weight if self.weight is None else super().quantized_weight()

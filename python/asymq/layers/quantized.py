@@ -56,7 +56,7 @@ class Quantized(nn.Module):
         base.end(self)
         for name in base.sites:
             delattr(self, name)
-        self.__class__ = cls.float_class
+        self.__class__ = cls.float_class  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol):
         """A class made at run time is made again where it is opened."""
@@ -70,12 +70,14 @@ def put_in(
     module: nn.Module, base: type[Quantized], quantizers: Mapping[str, Quantizer | None]
 ) -> None:
     """Makes `module`, in place, a `base` with these quantizers."""
-    module.__class__ = quantized_class(type(module), base)
+    module.__class__ = quantized_class(type(module), base)  # type: ignore[arg-type]
+    assert isinstance(module, base)
     for name in base.sites:
         setattr(module, name, quantizers.get(name))
     base.begin(module)
 
 
+# To mypy a class is not hashable: calls need an ignore.
 @functools.cache
 def quantized_class(cls: type[nn.Module], base: type[Quantized]) -> type[Quantized]:
     """The subclass of `cls` and `base`. It bears the name of `cls`, by which transformers,
@@ -95,15 +97,15 @@ def quantized_class(cls: type[nn.Module], base: type[Quantized]) -> type[Quantiz
     return type(cls.__name__, (base,) if known else (base, cls), members)
 
 
-def _original(cls: type) -> type[nn.Module]:
-    while "_bases" in vars(cls):
+def _original(cls: type[nn.Module]) -> type[nn.Module]:
+    while issubclass(cls, Quantized) and "_bases" in vars(cls):
         cls = cls.float_class
     return cls
 
 
-def _rebuild(cls: type[nn.Module], bases: tuple[type[Quantized], ...]) -> Quantized:
+def _rebuild(cls: type[nn.Module], bases: tuple[type[Quantized], ...]) -> nn.Module:
     for base in bases:
-        cls = quantized_class(cls, base)
+        cls = quantized_class(cls, base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inspect import signature
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel
 
 from asymq.layers import Quantized, QuantLogits, fused
@@ -13,7 +13,7 @@ from asymq.layers.attention import QuantAttention
 from asymq.layers.conv1d import QuantConv1D
 from asymq.models.root import QuantCausalLM
 from asymq.models.sites import Plan
-from asymq.quantizers import apply, is_unobserved
+from asymq.quantizers import Quantizer, apply, is_unobserved
 
 MODEL = GPT2LMHeadModel
 
@@ -24,6 +24,13 @@ class QuantGPT2Block(Quantized, GPT2Block):
 
     float_class = GPT2Block
     sites = ("input_quantizer", "attention_sum_quantizer", "mlp_sum_quantizer")
+    input_quantizer: Quantizer | None
+    attention_sum_quantizer: Quantizer | None
+    mlp_sum_quantizer: Quantizer | None
+    ln_1: nn.Module
+    attn: nn.Module
+    ln_2: nn.Module
+    mlp: nn.Module
     # transformers passes some arguments by position, and attention takes all by name.
     _names = tuple(signature(GPT2Block.forward).parameters)[2:]
 
@@ -45,6 +52,10 @@ class QuantGPT2MLP(Quantized, GPT2MLP):
     """An MLP whose GELU goes through one kernel with the quantizers before and after it."""
 
     float_class = GPT2MLP
+    c_fc: nn.Module
+    act: nn.Module
+    c_proj: nn.Module
+    dropout: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         c_fc, act = self.c_fc, self.act

@@ -10,7 +10,7 @@ from asymq.layers import Quantized, QuantLogits
 from asymq.layers.attention import QuantAttention
 from asymq.models.root import QuantCausalLM
 from asymq.models.sites import Plan
-from asymq.quantizers import apply
+from asymq.quantizers import Quantizer, apply
 
 MODEL = OPTForCausalLM
 
@@ -21,6 +21,16 @@ class QuantOPTDecoderLayer(Quantized, OPTDecoderLayer):
 
     float_class = OPTDecoderLayer
     sites = ("input_quantizer", "attention_sum_quantizer", "mlp_sum_quantizer")
+    input_quantizer: Quantizer | None
+    attention_sum_quantizer: Quantizer | None
+    mlp_sum_quantizer: Quantizer | None
+    self_attn: nn.Module
+    self_attn_layer_norm: nn.Module
+    activation_fn: nn.Module
+    fc1: nn.Module
+    fc2: nn.Module
+    final_layer_norm: nn.Module
+    dropout: float
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         hidden_states = apply(self.input_quantizer, hidden_states)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from asymq.layers import Quantized
 from asymq.quantizers import named_quantizers, sharing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Prepared(Quantized):
@@ -74,6 +78,11 @@ class QuantCausalLM(Quantized):
     """A language model of transformers whose attention runs as `quantized_attention` and whose loss
     knows what the logits were before their quantizer."""
 
+    if TYPE_CHECKING:  # transformers evaluates the annotations of its models
+        config: PreTrainedConfig
+
+        def set_attn_implementation(self, name: str) -> None: ...
+
     @property
     def loss_function(self):
         """transformers' causal loss becomes ours; a loss function of the user's stays."""
@@ -81,7 +90,7 @@ class QuantCausalLM(Quantized):
 
         from asymq.layers.loss import causal_lm_loss
 
-        own = super().loss_function
+        own = super().loss_function  # type: ignore[misc]
         return causal_lm_loss if own is ForCausalLMLoss else own
 
     @loss_function.setter

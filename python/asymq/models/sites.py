@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from asymq.config import QuantConfig
 from asymq.layers import Quantized, QuantLayer, QuantOutput, registry
+from asymq.layers.layer import weight_of
 from asymq.layers.quantized import need_own_forward, put_in
-from asymq.quantizers import QuantAct, Quantizer, QuantSpec, elements
+from asymq.quantizers import QuantAct, Quantizer, QuantSpec, WeightQuantizer, elements
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Plan:
         if is_adapter(module):
             self.layer(f"{name}.base_layer", output=False)
             if output:
-                self.output(name, _channels_of(module.base_layer))
+                self.output(name, _channels_of(module.get_submodule("base_layer")))
             return
         found = registry.find(type(module))
         if found is None or not issubclass(found, QuantLayer):
@@ -122,7 +123,7 @@ class Plan:
 
     def _activation(self, name: str, channels: int | None) -> QuantAct | None:
         spec = self._spec(name, "activation")
-        return spec and QuantAct.on_last_axis(spec, channels, name, self._device)
+        return None if spec is None else QuantAct.on_last_axis(spec, channels, name, self._device)
 
     def _add(self, name: str, module: nn.Module, base, quantizers) -> None:
         if not self.has(module):  # one module may serve under several names
@@ -139,35 +140,34 @@ class Plan:
         """One for each weight, whoever uses it. ValueError: some user of a weight is not quantized,
         or its users want different ranges, or tensors overlap in part."""
         places = _Places(self.root)
-        layers = [c for c in self._changes.values() if issubclass(c.base, QuantLayer)]
-        quantized = {id(change.module) for change in layers}
+        layers = [(c, c.base) for c in self._changes.values() if issubclass(c.base, QuantLayer)]
+        quantized = {id(change.module) for change, _ in layers}
         owners: dict[tuple, _Change] = {}
-        for change in layers:
+        for change, base in layers:
             name, weight = f"{change.name}.weight_quantizer", change.module._parameters["weight"]
             if weight is None:
                 del self._kinds[name]
                 continue
             owner = owners.setdefault(elements(weight), change)
             if owner is not change:
-                self._share(owner, change)
+                self._share(owner, change, base)
                 self._aliases[name] = f"{owner.name}.weight_quantizer"
                 del self._kinds[name]
                 continue
-            spec = self.config.spec_of(name, change.base.kind)
+            spec = self.config.spec_of(name, base.kind)
             if spec is not None:
                 places.need_all_quantized(f"{change.name}.weight", weight, quantized)
-                change.quantizers["weight_quantizer"] = change.base.make_weight_quantizer(
+                change.quantizers["weight_quantizer"] = base.make_weight_quantizer(
                     change.module, spec, f"{change.name}."
                 )
 
-    def _share(self, owner: _Change, change: _Change) -> None:
+    def _share(self, owner: _Change, change: _Change, base: type[QuantLayer]) -> None:
         """The quantizer of a weight's first user for another one."""
         quantizer = owner.quantizers["weight_quantizer"]
-        if quantizer is None:
-            return
-        base = change.base
+        if not isinstance(quantizer, WeightQuantizer):
+            return  # None
         shape = quantizer.spec.granularity.of_weight(
-            change.name, change.module.weight.shape, base.channel_axis, base.reduction_axis
+            change.name, weight_of(change.module).shape, base.channel_axis, base.reduction_axis
         )
         if shape != quantizer.range_shape or base.kind != quantizer.kind:
             raise ValueError(
@@ -272,7 +272,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     size = tensor.element_size()
     first = tensor.storage_offset() * size
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (reach + 1) * size
+    return int(first), int(first + (reach + 1) * size)
 
 
 def _bytes_of(tensor: Tensor, marks: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from asymq import ops
 from asymq.quantizers import functions
 from asymq.quantizers.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PICKLE_OF_0_1 = (
     "asymq: this pickle was made by asymq 0.1, whose classes have changed: open a folder of "
@@ -451,7 +455,7 @@ def _decode(state: Tensor, label: str) -> dict:
         ) from None
 
 
-def is_split(tensor: Tensor | None) -> bool:
+def is_split(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether FSDP2 has split it among processes."""
     return hasattr(tensor, "full_tensor")
 
