@@ -85,10 +85,10 @@ def quantized_attention(
     causal = attention_mask is None and queries == keys and getattr(module, "is_causal", False)
     before, after = module.scores_quantizer, module.probabilities_quantizer
     dropout = dropout if module.training else 0.0
-    plain = not dropout and not torch.compiler.is_compiling()
-    if plain and fused.fusible(before) and fused.fusible(after):
-        probabilities = fused.softmax(scores, attention_mask, causal, before, after)
-        context = _attend(probabilities, value, scores, attention_mask, causal, before, after)
+    ranges = fused.ranges_of(before, after)
+    if ranges is not None and not dropout and not torch.compiler.is_compiling():
+        probabilities = ops.quantized_softmax(scores, attention_mask, *ranges, causal=causal)
+        context = _attend(probabilities, value, scores, attention_mask, causal, *ranges)
     else:
         probabilities = fused.softmax(scores, attention_mask, causal, before, after)
         context = nn.functional.dropout(probabilities, dropout) @ value
@@ -104,12 +104,11 @@ def _attend(
     scores: Tensor,
     mask: Tensor | None,
     causal: bool,
-    before: Quantizer,
-    after: Quantizer,
+    before: ops.RangeArguments,
+    after: ops.RangeArguments,
 ) -> Tensor:
-    first, second = before.range_arguments(), after.range_arguments()
-    tensors = (*first.parameters, *second.parameters)
-    ranges = first._replace(parameters=()), second._replace(parameters=()), len(first.parameters)
+    tensors = (*before.parameters, *after.parameters)
+    ranges = before._replace(parameters=()), after._replace(parameters=()), len(before.parameters)
     return _Attend.apply(probabilities, value, scores, mask, causal, ranges, *tensors)
 
 

@@ -19,9 +19,14 @@ HIDES = -1e4
 _HIDES_IN_BFLOAT16 = torch.tensor(HIDES, dtype=torch.bfloat16).item()
 
 
-def fusible(quantizer: Quantizer | None) -> TypeGuard[Quantizer]:
-    """Whether a kernel that does more may do what this quantizer would do."""
-    return quantizer is not None and quantizer.fusible
+def ranges_of(*quantizers: Quantizer | None) -> list[ops.RangeArguments] | None:
+    """What one kernel takes for all of these; None where they must be called one by one."""
+    ranges = []
+    for quantizer in quantizers:
+        if quantizer is None or not quantizer.fusible:
+            return None
+        ranges.append(quantizer.range_arguments())
+    return ranges
 
 
 def may_skip(child: nn.Module, cls: type[Child]) -> TypeGuard[Child]:
@@ -32,8 +37,9 @@ def may_skip(child: nn.Module, cls: type[Child]) -> TypeGuard[Child]:
 
 def gelu(x: Tensor, before: Quantizer | None, after: Quantizer | None) -> Tensor:
     """after(gelu(before(x))) with GELU's tanh approximation, of any shape."""
-    if fusible(before) and fusible(after):
-        return ops.quantized_gelu(x, before.range_arguments(), after.range_arguments())
+    ranges = ranges_of(before, after)
+    if ranges is not None:
+        return ops.quantized_gelu(x, *ranges)
     return apply(after, F.gelu(apply(before, x), approximate="tanh"))
 
 
@@ -52,10 +58,9 @@ def softmax(
     keys up to q + keys - queries. Of a row that sees no key the kernel gives 0, single operations
     what `after` makes of the uniform distribution, as eager attention.
     """
-    if fusible(before) and fusible(after):
-        return ops.quantized_softmax(
-            scores, mask, before.range_arguments(), after.range_arguments(), causal=causal
-        )
+    ranges = ranges_of(before, after)
+    if ranges is not None:
+        return ops.quantized_softmax(scores, mask, *ranges, causal=causal)
     dtype, scores = scores.dtype, apply(before, scores)
     hidden = None
     if causal:
@@ -89,10 +94,9 @@ def cross_entropy(
 
     logits: [tokens, classes]. labels: [tokens]. Returns [tokens], in float32 (float64 for float64).
     """
-    if fusible(quantizer):
-        return ops.quantized_cross_entropy(
-            logits, labels, quantizer.range_arguments(), ignore_index=ignore_index
-        )
+    ranges = ranges_of(quantizer)
+    if ranges is not None:
+        return ops.quantized_cross_entropy(logits, labels, *ranges, ignore_index=ignore_index)
     logits = apply(quantizer, logits)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")

@@ -48,7 +48,7 @@ def causal_lm_loss(
     with num_items_in_batch the sum divided by that.
     """
     found = unquantized(logits)
-    if found is None or not fused.fusible(found[1]):
+    if found is None or not found[1].fusible:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         options = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}

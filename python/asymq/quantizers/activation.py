@@ -41,4 +41,4 @@ class QuantAct(Quantizer):
         return cls(spec, channels, name=name, device=device)
 
     def shape_on(self, x: Tensor) -> torch.Size:
-        return self.spec.granularity.on_activation(self.label, x, self.channels)
+        return self.spec.granularity.on_activation(self, x, self.channels)

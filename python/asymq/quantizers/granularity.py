@@ -10,11 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 _ONE = torch.Size([1])
+
+
+class Labelled(Protocol):
+    """Whom an error names, where no name shall be made for every tensor."""
+
+    @property
+    def label(self) -> str: ...
 
 
 class Granularity(ABC):
@@ -35,7 +42,7 @@ class Granularity(ABC):
         they lie along, None where only the tensors know it."""
 
     @abstractmethod
-    def on_activation(self, owner: str, x: torch.Tensor, channels: int | None) -> torch.Size:
+    def on_activation(self, owner: Labelled, x: torch.Tensor, channels: int | None) -> torch.Size:
         """The shape in which those ranges broadcast, in blocks, over the activation x."""
 
     @abstractmethod
@@ -64,7 +71,7 @@ class PerTensor(Granularity):
     def of_activation(self, owner: str, channels: int | None) -> torch.Size:
         return _ONE
 
-    def on_activation(self, owner: str, x: torch.Tensor, channels: int | None) -> torch.Size:
+    def on_activation(self, owner: Labelled, x: torch.Tensor, channels: int | None) -> torch.Size:
         return _ONE
 
     def need_last_axis(self, owner: str) -> None:
@@ -102,16 +109,16 @@ class _AlongAxis(Granularity):
             raise ValueError(f"{owner}: {self!r} needs an axis of known size (channels)")
         return torch.Size([self._count(owner, channels)])
 
-    def on_activation(self, owner: str, x: torch.Tensor, channels: int | None) -> torch.Size:
+    def on_activation(self, owner: Labelled, x: torch.Tensor, channels: int | None) -> torch.Size:
         assert channels is not None
-        axis = _in_range(owner, -1 if self.axis is None else self.axis, x.dim())
+        axis = _in_range(owner.label, -1 if self.axis is None else self.axis, x.dim())
         if x.shape[axis] != channels:
             raise RuntimeError(
-                f"{owner}: axis {axis} of the activation must have {channels} channels, got shape "
+                f"{owner.label}: axis {axis} of the activation must have {channels} channels, got shape "
                 f"{list(x.shape)}"
             )
         shape = [1] * x.dim()
-        shape[axis] = self._count(owner, channels)
+        shape[axis] = self._count(owner.label, channels)
         return torch.Size(shape)
 
     def need_last_axis(self, owner: str) -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Quantizer(nn.Module):
     spec: QuantSpec
     range_shape: torch.Size
     calibrated: bool
+    live: bool  # whether the range comes from the tensor that is quantized
 
     def __init__(
         self,
@@ -69,8 +70,14 @@ class Quantizer(nn.Module):
 
     def _create_ranges(self, spec: QuantSpec, shape: torch.Size, device) -> None:
         self.spec = spec
+        self.live = spec.dynamic
         self.range_shape = shape
         self.calibrated = False
+        # Of the call of the operator, made once: it is made for every tensor.
+        self._arguments = spec.learnable if self.live else spec.learnable + spec.constant
+        self._options = {"bits": spec.bits, "eps": spec.eps}
+        if spec.sigmoid:
+            self._options["sigmoid"] = True
 
         def empty():
             return torch.full(shape, math.nan, dtype=self.range_dtype, device=device)
@@ -84,11 +91,6 @@ class Quantizer(nn.Module):
             # Only the factors are known, and known at once.
             one = torch.ones(shape, dtype=self.range_dtype, device=device)
             self.set_range(-one, one)
-
-    @property
-    def live(self) -> bool:
-        """Whether the range comes from the tensor that is quantized."""
-        return self.spec.dynamic
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -159,9 +161,9 @@ class Quantizer(nn.Module):
 
     def arguments(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
         """The range tensors as the operator takes them. Those of a live range come from x."""
-        tensors = tuple(getattr(self, name) for name in self.spec.learnable)
+        tensors = [getattr(self, name) for name in self._arguments]
         if not self.live:
-            return tensors + tuple(getattr(self, name) for name in self.spec.constant)
+            return tuple(tensors)
         assert x is not None
         low, high = self.extrema(x.detach())
         return (*tensors, *((torch.maximum(-low, high),) if self.spec.symmetric else (low, high)))
@@ -169,7 +171,10 @@ class Quantizer(nn.Module):
     def range_arguments(self) -> ops.RangeArguments:
         """A stored range as operators take it that do more than quantize. RuntimeError if
         uncalibrated."""
-        self._begin()
+        if not self.reached:
+            self._reach()
+        if not self.calibrated:
+            self._refuse()
         spec = self.spec
         return ops.RangeArguments(
             spec.parameterization,
@@ -305,21 +310,23 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._state == QUANTIZING:
             return self.fake_quantize(x)
-        self._reach()
+        if not self.reached:
+            self._reach()
         if self._state == OBSERVING:
             self._observe(x)
         return x
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x on the grid of the present range, whatever the state. RuntimeError if uncalibrated."""
-        self._begin()
-        spec, shape = self.spec, self.shape_on(x)
-        ranges = self.arguments(x)
+        if not self.reached:
+            self._reach()
+        if not self.calibrated:
+            self._refuse()
+        ranges, shape = self.arguments(x), self.shape_on(x)
         if shape != self.range_shape:
             ranges = tuple(tensor.view(shape) for tensor in ranges)
-        options = {"sigmoid": True} if spec.sigmoid else {}
-        function = getattr(functions.namespace(), spec.function)
-        return function(x, *ranges, bits=spec.bits, eps=spec.eps, **options)
+        function = getattr(functions.namespace(), self.spec.function)
+        return function(x, *ranges, **self._options)
 
     @property
     def fusible(self) -> bool:
@@ -333,17 +340,15 @@ class Quantizer(nn.Module):
             and is_unobserved(self)
         )
 
-    def _begin(self) -> None:
-        self._reach()
-        if not self.calibrated:
-            raise RuntimeError(
-                f"{self.label}: its range is not set; calibrate the model first "
-                "(asymq.calibrate), or load a calibrated state"
-            )
-
     def _reach(self) -> None:
-        if not self.reached and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self.reached = True
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(
+            f"{self.label}: its range is not set; calibrate the model first (asymq.calibrate), or "
+            "load a calibrated state"
+        )
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:

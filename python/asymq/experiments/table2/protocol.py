@@ -6,8 +6,8 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 
 import asymq
-from asymq import specs
 from asymq.experiments.common.command import bit_width, check_options, integer, option, positive
+from asymq.quantizers import spec as specs
 
 # All that a table can have, in the order of its columns.
 PARAMETERIZATIONS = tuple(
