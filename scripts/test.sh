@@ -54,4 +54,4 @@ step "Consumer project" consumer
 step "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer" sanitizers
 # Last, so that pytest's summary is the last line.
 heading "Python tests"
-exec python -m pytest tests/python "$@"
+OMP_NUM_THREADS=1 exec python -m pytest tests/python --numprocesses "$(nproc)" "$@"

@@ -501,6 +501,19 @@ def test_inputs_of_layers():
     asymq.calibrate(scaled, [x])
     expected = 0.5 * F.linear(scaled.input_quantizer(x), scaled.weight, scaled.bias)
     assert_bit_equal(scaled(x), expected)
+    assert_bit_equal(scaled(x=x), expected)
+
+
+def test_arguments_keep_their_names():
+    """Callers give them by name."""
+    x = torch.randn(5, 4)
+    layers = [(nn.Linear(4, 3), x), (nn.LayerNorm(4), x), (nn.Embedding(9, 4), x.long().abs())]
+    for layer, argument in layers:
+        model = calibrated(nn.Sequential(layer), batch=argument)
+        assert_bit_equal(layer(input=argument), model(argument))
+
+
+def test_embeddings_have_no_other_quantizers():
     with pytest.raises(ValueError, match="output and input must be None"):
         asymq.QuantEmbedding.from_float(nn.Embedding(4, 4), output=SPEC)
 

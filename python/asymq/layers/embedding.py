@@ -50,9 +50,9 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
                 "row; the ranges cannot follow"
             )
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return F.embedding(
-            indices,
+            input,
             self.quantized_weight(),
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,

@@ -59,8 +59,8 @@ class QuantLinear(QuantLayer, nn.Linear):
         # Whoever owns such a layer reads its weight and does not call it.
         return isinstance(module, NonDynamicallyQuantizableLinear) or super().left_alone(module)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quantize_output(self.product(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.quantize_output(self.product(input))
 
     def product(self, x: Tensor) -> Tensor:
         """What the forward returns, before its quantizer."""

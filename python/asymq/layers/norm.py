@@ -51,7 +51,7 @@ class QuantLayerNorm(QuantNorm, nn.LayerNorm):
 
     input_channels = output_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = apply(self.input_quantizer, x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = apply(self.input_quantizer, input)
         y = F.layer_norm(x, self.normalized_shape, self.quantized_weight(), self.bias, self.eps)
         return self.quantize_output(y)

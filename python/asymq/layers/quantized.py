@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -171,13 +172,17 @@ def quantized_parameter(name: str) -> property:
 
 
 def own_forward(cls: type[nn.Module], *parameters: str) -> dict[str, Any]:
-    """The forward of `cls`, which reads these parameters through their quantizers, between
-    `quantize_input` and `quantize_output` of the module."""
+    """The forward of `cls`, which reads these parameters through their quantizers, between the
+    quantizers of its first argument and of what it returns."""
+    _, first, *_ = signature(cls.forward).parameters
 
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
-        if args and self.input_quantizer is not None:
-            args = (self.input_quantizer(args[0]), *args[1:])
+        if self.input_quantizer is not None:
+            if args:
+                args = (self.input_quantizer(args[0]), *args[1:])
+            else:
+                kwargs[first] = self.input_quantizer(kwargs[first])
         with _reading_quantized(self):
             y = cls.forward(self, *args, **kwargs)
         return self.quantize_output(y)

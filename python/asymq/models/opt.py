@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
@@ -32,7 +34,10 @@ class QuantOPTDecoderLayer(Quantized, OPTDecoderLayer):
     final_layer_norm: nn.Module
     dropout: float
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    _names = tuple(signature(OPTDecoderLayer.forward).parameters)[2:]
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        kwargs.update(zip(self._names, args, strict=False))
         hidden_states = apply(self.input_quantizer, hidden_states)
         attention, _ = self.self_attn(
             hidden_states=self._before(self.self_attn_layer_norm, hidden_states), **kwargs
