@@ -284,7 +284,7 @@ def _best_range(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
     if target.symmetric:
         furthest = x.abs().max() * torch.tensor([-1.0, 1.0], dtype=x.dtype)
     centre, width = torch.full((2,), 0.6, dtype=x.dtype), 0.6
-    best = math.inf
+    best = torch.tensor(math.inf, dtype=x.dtype)
     for _ in range(_ROUNDS):
         axis = torch.linspace(-width, width, _GRID, dtype=x.dtype)
         low, high = ((c + axis).clamp(min=0) * end for c, end in zip(centre, furthest, strict=True))
