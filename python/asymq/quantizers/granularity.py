@@ -114,8 +114,8 @@ class _AlongAxis(Granularity):
         axis = _in_range(owner.label, -1 if self.axis is None else self.axis, x.dim())
         if x.shape[axis] != channels:
             raise RuntimeError(
-                f"{owner.label}: axis {axis} of the activation must have {channels} channels, got shape "
-                f"{list(x.shape)}"
+                f"{owner.label}: axis {axis} of the activation must have {channels} channels, got "
+                f"shape {list(x.shape)}"
             )
         shape = [1] * x.dim()
         shape[axis] = self._count(owner.label, channels)

@@ -305,12 +305,12 @@ def markdown(rows, skipped, head):
     for row in rows:
         key = (row.dtype, row.granularity, row.shape, row.method)
         groups.setdefault(key, {})[row.measure] = row
-    for key, found in groups.items():
+    for case, found in groups.items():
         both = found.get("both")
         values = [f"{found[m].copies:.2f}" if m in found else "" for m in MEASURES]
         time_of_both = f"{both.milliseconds:.4g}" if both else ""
         mode = next(iter(found.values())).mode
-        lines.append("| " + " | ".join([*key, mode, time_of_both, *values]) + " |")
+        lines.append("| " + " | ".join([*case, mode, time_of_both, *values]) + " |")
     if skipped:
         lines += ["", "Not measured:", "", *(f"- {text}" for text in skipped)]
     return "\n".join(lines) + "\n"

@@ -212,7 +212,7 @@ def _chain_rule(quantizer: Quantizer, name: str) -> Tensor:
     value = getattr(quantizer, name).detach()
     if name == "scale":
         return torch.full_like(value, 2 / quantizer.spec.steps)
-    return 1 / quantizer.max if name == "gamma" else torch.ones_like(value)
+    return 1 / quantizer.get_buffer("max") if name == "gamma" else torch.ones_like(value)
 
 
 def train(curve: Curve, seeds: int, steps: int, best: Best) -> Run:
