@@ -244,6 +244,7 @@ def measure(method, case, span):
 def cases(device, quick, dtypes, granularities):
     small = (4096,), (64, 64)
     weights = [(768, 768), (3072, 768), (768, 3072), (50257, 768)]
+    shapes: dict[str, list[tuple[int, ...]]]
     if device == "cpu":
         large = (2048, 3072) if quick else (8192, 3072)
         shapes = {
@@ -282,7 +283,7 @@ def cases(device, quick, dtypes, granularities):
 
 
 # Compiling takes longer than measuring: a few shapes are enough.
-COMPILED = {
+COMPILED: dict[str, set[tuple[int, ...]]] = {
     "cuda": {(48 << 20,), (16384, 3072)},
     "cpu": {(8192, 3072)},
 }
@@ -300,16 +301,16 @@ def markdown(rows, skipped, head):
         "| dtype | granularity | shape | method | mode | both, ms | " + " | ".join(titles) + " |"
     )
     lines.append("|" + "---|" * (6 + len(titles)))
-    groups = {}
+    groups: dict[tuple[str, ...], dict[str, OpTime]] = {}
     for row in rows:
         key = (row.dtype, row.granularity, row.shape, row.method)
         groups.setdefault(key, {})[row.measure] = row
-    for key, found in groups.items():
+    for case, found in groups.items():
         both = found.get("both")
         values = [f"{found[m].copies:.2f}" if m in found else "" for m in MEASURES]
         time_of_both = f"{both.milliseconds:.4g}" if both else ""
         mode = next(iter(found.values())).mode
-        lines.append("| " + " | ".join([*key, mode, time_of_both, *values]) + " |")
+        lines.append("| " + " | ".join([*case, mode, time_of_both, *values]) + " |")
     if skipped:
         lines += ["", "Not measured:", "", *(f"- {text}" for text in skipped)]
     return "\n".join(lines) + "\n"
@@ -319,7 +320,9 @@ def run(args):
     torch.set_num_threads(args.threads)
     against = recorded.read(args, OpTime, [])
     span = 0.03 if args.quick else 0.06
-    head, rows, skipped = header(args.device, f"{BITS} bits, min_max"), [], {}
+    head = header(args.device, f"{BITS} bits, min_max")
+    rows: list[OpTime] = []
+    skipped: dict[tuple[str, str], list[str]] = {}
     print("\n".join(head))
     if args.device == "cuda":
         # Autograd runs a backward on the stream of its forward; a capture needs both on its own.

@@ -120,7 +120,8 @@ def _saved(step: Callable, model: nn.Module) -> dict[str, int]:
     """Bytes kept for the backward by the innermost module that kept them first; not the
     parameters, which are there anyway."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    stack, seen, saved = ["loss"], {}, defaultdict(int)
+    stack, seen = ["loss"], {}
+    saved: dict[str, int] = defaultdict(int)
 
     def pack(tensor):
         storage = tensor.untyped_storage()

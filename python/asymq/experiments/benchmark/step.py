@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,8 +150,8 @@ def step_of(
     torch.manual_seed(1)
     ids = torch.randint(setting.vocabulary, (setting.batch, setting.context), device=device)
     if method.functions is None:
-        model = float_model(setting, device, method.attention)
-        parameters = model.parameters()
+        model: Any = float_model(setting, device, method.attention)
+        parameters: Iterable[Any] = model.parameters()
     else:
         model = prepared_model(method.parameterization, setting, device, ids)
         parameters = asymq.range_parameters(model)

@@ -40,7 +40,7 @@ def header(device: str, setting: str) -> list[str]:
 
 def provenance(device: torch.device) -> dict:
     """Machine, versions and git commit (None outside of a checkout) of a result."""
-    versions = {"asymq": asymq.__version__, "torch": torch.__version__}
+    versions: dict[str, str | None] = {"asymq": asymq.__version__, "torch": torch.__version__}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     try:
         versions["transformers"] = version("transformers")

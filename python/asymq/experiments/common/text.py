@@ -37,12 +37,11 @@ def read(
     NAME or NAME:CONFIGURATION, of which the splits "train" and "test" are read. train_text and
     test_text, each a file, replace its parts. BadInput: missing, empty or unreadable.
     """
-    given = (train_text, test_text)
-    if None not in given:
-        return _of_file(given[0]), _of_file(given[1])
+    if train_text and test_text:
+        return _of_file(train_text), _of_file(test_text)
     if data is None:
         raise BadInput("no text: give --data, or both --train-text and --test-text")
-    folder = Path(data)
+    given, folder = (train_text, test_text), Path(data)
     if folder.is_dir():
         files = zip(given, (TRAIN, TEST), strict=True)
         train, test = (_of_file(file or folder / name) for file, name in files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from asymq.experiments.common.files import BadInput
 from asymq.experiments.figures import claims
@@ -165,7 +166,7 @@ class Settings:
                 raise BadInput(
                     f"--params {other}: {name} is of {kind} ranges; name the figures it is for"
                 )
-        changed = {"lrs": self.lrs, "bits": self.bits, "names": self.names}
+        changed: dict[str, Any] = {"lrs": self.lrs, "bits": self.bits, "names": self.names}
         changed = {key: value for key, value in changed.items() if value is not None}
         if changed:
             # Curves for claims alone go with the figure's own ones.

@@ -124,7 +124,7 @@ class PrintedRow:
     values: what these give. reasons: why a cell differs from the exact gradient, by region."""
 
     learned: str
-    printed: tuple[str, str, str]
+    printed: tuple[str, ...]
     values: Callable[[SimpleNamespace], tuple[float, float, float]]
     reasons: dict[str, str]
     title: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ POINTS = 700  # of a line
 BAND = 0.13  # opacity
 WIDEST, NARROWEST = 3.2, 1.1
 EARLY = 5  # the part of the steps that a panel of its own shows: the first fifth
-BEST = {"color": "0.25", "linewidth": 0.9, "linestyle": (0, (1, 3))}
+BEST: dict[str, Any] = {"color": "0.25", "linewidth": 0.9, "linestyle": (0, (1, 3))}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ STYLES = {
 OTHERS = Style("#d3a6e0", "#6a1b7f", "*", "-.")  # what has no style of its own
 
 
-def _shade(runs: Runs, run: Run) -> tuple[float, float, float]:
+def _shade(runs: Runs, run: Run) -> tuple[float, ...]:
     """Between light and dark by the learning rate's place among those drawn; alone it is dark."""
     style, order = STYLES.get(run.curve.name, OTHERS), sorted(runs.lrs, key=float)
     place = order.index(run.curve.lr) / max(1, len(order) - 1)
@@ -124,7 +125,7 @@ def _legend(figure: Figure, runs: Runs, ranges: bool = True) -> None:
     """One entry per parameterization and learning rate; ranges: and what _ends draws besides."""
     shown = {(run.curve.name, run.curve.lr): run for run in runs.runs.values()}
     axes = figure.axes[0]
-    lines = []
+    lines: list[Line2D | Patch] = []
     for name in runs.names:
         for lr in runs.lrs:
             line = _line(axes, runs, shown[name, lr], 0, [], [], markevery=None, linewidth=1.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from asymq.experiments.common.files import write
@@ -22,7 +23,7 @@ a converged run at 3 bits stays 1 to 3 % above its error.
 
 
 def write_claims(
-    out: Path, name: str, lines: list[str], verdicts: list[Verdict], more: list[str] = ()
+    out: Path, name: str, lines: list[str], verdicts: list[Verdict], more: Sequence[str] = ()
 ) -> None:
     """Replaces the section of a figure in claims.md, the others stay."""
     path = out / "claims.md"
@@ -31,9 +32,9 @@ def write_claims(
         _, *parts = path.read_text(encoding="utf-8").split("\n## ")
         titles = {title: key for key, title in TITLES.items()}
         for part in parts:
-            title, _, body = part.partition("\n")
+            title, _, rest = part.partition("\n")
             if title in titles:
-                sections[titles[title]] = body.strip("\n")
+                sections[titles[title]] = rest.strip("\n")
     table = ["| claim | measured | verdict |", "|---|---|---|", *map(str, verdicts)]
     conditions = ["", f"({'; '.join(header('cpu', 'CPU'))})"]
     body = [*lines, *table, *(["", *more] if more else []), *conditions]

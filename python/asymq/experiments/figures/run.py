@@ -19,6 +19,7 @@ from asymq.experiments.figures.definitions import FIGURES, TITLES, Experiment, S
 from asymq.experiments.figures.report import write_claims
 from asymq.experiments.figures.toy_problem import SAMPLES, Run, run_all
 from asymq.experiments.figures.verdict import judge
+from asymq.experiments.table2.results import Entry
 
 CSV_POINTS = 150  # of a curve
 
@@ -33,7 +34,7 @@ def run(names: list[str], out: Path, settings: Settings, table2_folder: Path | N
     unknown = [name for name in chosen if name not in TITLES]
     if unknown:
         raise BadInput(f"unknown figure {unknown[0]!r}; there are {', '.join(TITLES)}")
-    models = None
+    models: dict[str, list[Entry]] = {}
     if "figure4" in chosen:
         if table2_folder is not None:
             models = losses.read(table2_folder)

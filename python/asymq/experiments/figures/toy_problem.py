@@ -212,7 +212,7 @@ def _chain_rule(quantizer: Quantizer, name: str) -> Tensor:
     value = getattr(quantizer, name).detach()
     if name == "scale":
         return torch.full_like(value, 2 / quantizer.spec.steps)
-    return 1 / quantizer.max if name == "gamma" else torch.ones_like(value)
+    return 1 / quantizer.get_buffer("max") if name == "gamma" else torch.ones_like(value)
 
 
 def train(curve: Curve, seeds: int, steps: int, best: Best) -> Run:
@@ -284,7 +284,7 @@ def _best_range(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
     if target.symmetric:
         furthest = x.abs().max() * torch.tensor([-1.0, 1.0], dtype=x.dtype)
     centre, width = torch.full((2,), 0.6, dtype=x.dtype), 0.6
-    best = math.inf
+    best = torch.tensor(math.inf, dtype=x.dtype)
     for _ in range(_ROUNDS):
         axis = torch.linspace(-width, width, _GRID, dtype=x.dtype)
         low, high = ((c + axis).clamp(min=0) * end for c, end in zip(centre, furthest, strict=True))

@@ -116,7 +116,7 @@ class Training:
         self.processes, self.state = processes, state
         self.settings = settings_of(cell, subject)
         self.model = asymq.prepare(subject.load(), protocol.config(cell.parameterization))
-        self.model.config.use_cache = False
+        self.model.config.use_cache = False  # type: ignore[union-attr]
         asymq.freeze_weights(self.model)
         processes.place(self.model)
         self.quantizers = dict(asymq.named_quantizers(self.model))
@@ -124,8 +124,8 @@ class Training:
         self.optimizer = torch.optim.Adam(
             asymq.range_parameters(self.model), lr=float(cell.lr), eps=protocol.adam_eps
         )
-        # Its wrapper broadcasts the ranges: they must be set first.
-        self.replica: nn.Module | None = None
+        # Its wrapper broadcasts the ranges: _begin makes it, once they are set.
+        self.replica: nn.Module
 
     def restore(self, saved: dict) -> None:
         for name, quantizer in self.quantizers.items():
@@ -205,7 +205,7 @@ class Training:
 
     def _result(self) -> dict:
         state = self.state
-        collapsed = {name: int(q.collapsed().sum()) for name, q in self.quantizers.items()}
+        held = {name: q.collapsed() for name, q in self.quantizers.items()}
         return {
             "model": self.cell.model,
             "parameterization": self.cell.parameterization,
@@ -216,7 +216,11 @@ class Training:
             "calibrated_ppl": perplexity_or_word(state.ppl["0"]),
             "ppl": {step: perplexity_or_word(value) for step, value in state.ppl.items()},
             "final_ppl": perplexity_or_word(state.ppl[str(state.step)]),
-            "collapsed": {name: count for name, count in collapsed.items() if count},
+            "collapsed": {
+                name: int(some.sum())
+                for name, some in held.items()
+                if some is not None and some.any()
+            },
             "ranges": sum(q.range_shape.numel() for q in self.quantizers.values()),
             "seconds_per_step": state.seconds / state.step,
             "peak_gib": state.peak_gib,

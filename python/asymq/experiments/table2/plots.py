@@ -187,8 +187,8 @@ def _ranges(axes: Axes, name: str, own: list[Entry]) -> None:
     for entry in own:
         steps, lows, highs = zip(*entry.first["trajectories"][name], strict=True)
         for ends, title in ((highs, entry.title), (lows, None)):
-            ends = [math.nan if end is None else end for end in ends]
-            _line(axes, steps, ends, entry, own, label=title)
+            drawn = [math.nan if end is None else end for end in ends]
+            _line(axes, steps, drawn, entry, own, label=title)
     # Far away ranges leave the picture: the others would be flat lines in it.
     _, low, high = own[0].first["trajectories"][name][0]
     bottom, top = axes.get_ylim()

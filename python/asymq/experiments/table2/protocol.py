@@ -76,6 +76,7 @@ class Protocol:
 
     def config(self, parameterization: str) -> asymq.QuantConfig:
         table2 = asymq.QuantConfig.table2(parameterization)
+        assert table2.weight and table2.activation and table2.norm_weight
         return replace(
             table2,
             weight=replace(

@@ -33,7 +33,8 @@ class Cell:
     def named(cls, name: str) -> Cell:
         """The inverse of `name`."""
         name, _, seed = name.partition("__seed")
-        return cls(*name.rsplit("__", 2), int(seed) if seed else None)
+        model, parameterization, lr = name.rsplit("__", 2)
+        return cls(model, parameterization, lr, int(seed) if seed else None)
 
     @property
     def name(self) -> str:
@@ -196,9 +197,10 @@ def mean_and_spread(values: list[float | str | None]) -> tuple[float | str | Non
     if words:
         some = "" if len(words) == len(values) else f"{len(words)} of {len(values)} "
         return some + words[0], None
-    if None in values:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if len(numbers) < len(values):
         return None, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def perplexity_or_word(value: float) -> float | str:

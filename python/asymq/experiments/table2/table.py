@@ -40,7 +40,7 @@ def report(out: Path) -> None:
 def markdown(found: list[dict]) -> str:
     """The table, the paper's below, and under which conditions it was made."""
     models = by_model(found)
-    titles = {}  # of the columns
+    titles: dict[tuple[str, float], str] = {}  # of the columns
     for entry in sorted(entries(found), key=Entry.place):
         titles.setdefault(entry.column, entry.title)
     lines = [
