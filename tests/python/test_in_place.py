@@ -190,6 +190,19 @@ class _Watcher:
         return 0.5 * x
 
 
+def test_a_replica_quantizes_too():
+    """Made as DataParallel makes it: tensors in the place of parameters."""
+    layer = calibrated(Net()).layer
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters(recurse=False):
+        setattr(replica, name, 1 * parameter)
+    x = torch.randn(3, 8)
+    assert "weight" not in replica._parameters
+    assert_bit_equal(replica(x), layer(x))
+    replica(x).sum().backward()
+    assert layer.weight.grad.any() and layer.weight_quantizer.max.grad.any()
+
+
 def test_each_parameter_is_quantized_once_a_forward():
     model = calibrated(Net())
     calls = []

@@ -191,3 +191,45 @@ def test_a_damaged_state_is_named(damage):
     state[f"{name}._extra_state"] = damage(state[f"{name}._extra_state"])
     with pytest.raises(RuntimeError, match=f"{name}: its _extra_state, a JSON .* is damaged"):
         asymq.prepare(gpt2(), TABLE2).load_state_dict(state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["min_max", "beta_gamma"])
+def test_data_parallel(setting):
+    """Each replica quantizes a tied weight with its own copy of the ranges."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = prepared(gpt2(), setting).cuda()
+    batch = tokens(*BATCH).cuda()
+    expected = logits(model, batch)
+    next_token_loss(model, batch).backward()
+    alone = gradients(model)
+    model.zero_grad()
+    wrapped = nn.DataParallel(model, [0, 1])
+    torch.testing.assert_close(logits(wrapped, batch), expected, rtol=1e-4, atol=1e-4)
+    wrapped(batch, labels=batch).loss.mean().backward()
+    assert_close(gradients(model), alone)
+
+
+@pytest.mark.gpu
+def test_data_parallel_of_subclasses():
+    """Whose weights are read through properties, in a thread for each replica."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    model = nn.Sequential(Scaled(8, 8), nn.ReLU(), Scaled(8, 4)).cuda()
+    x = torch.randn(6, 8, device="cuda")
+    asymq.prepare(model, QuantConfig(asymq.QuantSpec(4, True), asymq.QuantSpec(8)))
+    asymq.calibrate(model, [x])
+    expected = model(x)
+    expected.sum().backward()
+    alone = gradients(model)
+    model.zero_grad()
+    actual = nn.DataParallel(model, [0, 1])(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    actual.sum().backward()
+    assert_close(gradients(model), alone)

@@ -151,9 +151,8 @@ def quantized_parameter(name: str) -> property:
     """The parameter `name`, through ``<name>_quantizer`` within its module's own forward."""
 
     def read(self):
-        if name not in self._parameters:
-            return self.__dict__[name]  # a replica's
-        parameter = self._parameters[name]
+        # A replica (DataParallel's) holds plain tensors.
+        parameter = self._parameters[name] if name in self._parameters else self.__dict__[name]
         reading = getattr(_thread, "reading", None)
         if reading is None or reading[0] is not self or parameter is None:
             return parameter
