@@ -599,7 +599,7 @@ def test_run_clm_changes_the_evaluation_alone(world, tmp_path):
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
 @pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
 def test_two_processes_give_the_gradients_of_one(world, tmp_path, model, options):
-    step = (ROOT / "tests/python/first_step.py", world / model, world / "text")
+    step = (ROOT / "tests/python/support/first_step.py", world / model, world / "text")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     alone = start(sys.executable, *step, tmp_path / "alone.pt")
     together = start(*torchrun, "--nproc-per-node", 2, *step, tmp_path / "both.pt", *options)
