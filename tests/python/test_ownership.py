@@ -479,3 +479,46 @@ def test_a_models_own_quantizers_are_saved(tmp_path):
     asymq.calibrate(model, [x])
     asymq.save(model, tmp_path)
     assert_bit_equal(asymq.load(tmp_path, build())(x), model(x))
+
+
+# ---- models whose embedding is more than its weight's rows --------------------------------------
+
+
+def gemma():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 96}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, query_pre_attn_scalar=8))
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {
+        "vocab_size": 96,
+        "d_model": 16,
+        "max_position_embeddings": 32,
+        "scale_embedding": True,
+    }
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
+    return BartForConditionalGeneration(BartConfig(**sizes))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make", [gemma, bart])
+def test_weights_alone_convert_to_what_was_trained(make, tmp_path):
+    model = make().eval()
+    expected = logits(model, tokens())
+    asymq.prepare(model, WEIGHTS)
+    asymq.disable_quantizers(model)
+    assert_bit_equal(logits(model, tokens()), expected)
+    asymq.calibrate(model, [tokens()])
+    assert all(quantizer.reached for _, quantizer in named_quantizers(model))
+    quantized = logits(model, tokens())
+    asymq.save(model, tmp_path)
+    assert_bit_equal(logits(asymq.load(tmp_path), tokens()), quantized)
+    asymq.convert(model)
+    assert_bit_equal(logits(model, tokens()), quantized)
+    assert not torch.equal(quantized, expected)
