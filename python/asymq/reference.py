@@ -366,6 +366,8 @@ class _FakeQuantize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         with torch.no_grad():
             gradients = _FakeQuantize.gradients(ctx, grad, x, *parameters)
+        if torch.compiler.is_compiling():  # what is compiled is not differentiated again
+            return gradients[0], None, None, None, *gradients[1:]
         of = [None if g is None else _Once.apply(g, grad, x, *parameters) for g in gradients]
         return of[0], None, None, None, *of[1:]
 

@@ -388,6 +388,7 @@ def test_wrapped_models(wrap, inner, tmp_path):
 
     model = prepared(model, "min_max")
     wrapped = wrap(model)
+    model.cpu()  # where there is a GPU, DataParallel has moved it there
     asymq.save(wrapped, tmp_path)
     assert not any(
         name.startswith(("module.", "_orig_mod."))

@@ -1,5 +1,6 @@
 """FSDP2, DDP and torch.distributed.checkpoint: two processes on the CPU."""
 
+import functools
 import os
 import socket
 import warnings
@@ -63,10 +64,16 @@ def assert_close(actual, expected):
         assert ((actual[name] - value).abs() <= bound).all(), name
 
 
+@functools.cache
+def mesh():
+    """Of the CPU, also where there is a GPU."""
+    return dist.init_device_mesh("cpu", (2,))
+
+
 def by_blocks(model, shard):
     for block in model.transformer.h:
-        shard(block)
-    return shard(model)
+        shard(block, mesh=mesh())
+    return shard(model, mesh=mesh())
 
 
 def _fsdp(rank, folder):
@@ -112,21 +119,21 @@ def _parts(rank):
     model = prepared(gpt2(), "min_max")
     ranges = {p for _, q in named_quantizers(model) for p in q.parameters()}
     for block in model.transformer.h:
-        fully_shard(block.mlp.c_fc, ignored_params=ranges)
-    asymq.shard(model)
+        fully_shard(block.mlp.c_fc, mesh=mesh(), ignored_params=ranges)
+    asymq.shard(model, mesh=mesh())
     next_token_loss(model, mine(rank)).backward()
     assert_close(gradients(model), expected)
 
-    sharded = fully_shard(gpt2())
+    sharded = fully_shard(gpt2(), mesh=mesh())
     with pytest.raises(ValueError, match=r"split among processes: prepare it first, then .*shard"):
         asymq.prepare(sharded, TABLE2)
     inner = nn.Sequential(nn.Linear(4, 4))
-    fully_shard(inner[0])
+    fully_shard(inner[0], mesh=mesh())
     with pytest.raises(ValueError, match="prepare it first"):
         asymq.prepare(inner, QuantConfig(asymq.QuantSpec()))
 
     # Calibration after asymq.shard gathers the weights.
-    late = asymq.shard(asymq.prepare(gpt2(), TABLE2))
+    late = asymq.shard(asymq.prepare(gpt2(), TABLE2), mesh=mesh())
     asymq.calibrate(late, [tokens(seed=seed) for seed in (3, 4)])
     expected = dict(named_quantizers(one_process()))
     for name, quantizer in named_quantizers(late):

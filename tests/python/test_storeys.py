@@ -20,7 +20,8 @@ STOREYS = [
     {"__main__", "experiments"},
 ]
 LEVELS = {name: level for level, names in enumerate(STOREYS) for name in names}
-FILES = sorted({*PACKAGE.rglob("*.py"), PACKAGE / "_build.py"})
+# Of what is built, CMake writes _build.py.
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_build.py"]
 
 
 def module_of(path):
@@ -40,7 +41,8 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else node.module)
+                submodule = inner in MODULES or alias.name == "_build"
+                found.add(inner if submodule else node.module)
         else:
             assert not getattr(node, "level", 0), f"{path}: relative import"
     return {name for name in found if name.split(".")[0] == "asymq" and name in MODULES}

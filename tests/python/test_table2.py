@@ -71,7 +71,7 @@ def result(out, name="gpt2__beta_gamma__1e-2"):
 
 def start(*command):
     """Of one thread: sums are added in the same order however busy the machine is."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [str(part) for part in command],
         env=environment,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
-from asymq.quantizers import Quantizer, named_quantizers
+from asymq.quantizers import Quantizer, is_split, named_quantizers
 
 # Whose gradients are averaged, so that nobody does it twice.
 _AVERAGED: WeakSet[Quantizer] = WeakSet()
@@ -31,6 +31,10 @@ def shard(module: nn.Module, **fully_shard_kwargs):
     ranges = {p for quantizer in quantizers for p in quantizer.parameters(recurse=False)}
     ignored = set(fully_shard_kwargs.pop("ignored_params", None) or ()) | ranges
     sharded = fully_shard(module, ignored_params=ignored, **fully_shard_kwargs)
+    # It moves what it splits to the processes' device: the ranges belong there, too.
+    device = next((p.device for p in module.parameters() if is_split(p)), None)
+    for quantizer in quantizers if device is not None else ():
+        quantizer.to(device)
     new = [quantizer for quantizer in quantizers if quantizer not in _AVERAGED]
     _AVERAGED.update(new)
     _Average([p for q in new for p in q.parameters(recurse=False)], fully_shard_kwargs.get("mesh"))

@@ -52,7 +52,7 @@ class Profile:
 def profile(step: Callable, model: nn.Module, wall: float) -> Profile:
     """Of a step of this model that has run before and takes `wall` seconds."""
     result = Profile(wall)
-    _time(step, result)
+    _time(step, result, next(model.parameters()).is_cuda)
     with _Traffic() as traffic:
         step()
     result.bytes = dict(traffic.bytes)
@@ -60,8 +60,7 @@ def profile(step: Callable, model: nn.Module, wall: float) -> Profile:
     return result
 
 
-def _time(step: Callable, result: Profile) -> None:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+def _time(step: Callable, result: Profile, cuda: bool) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(STEPS):

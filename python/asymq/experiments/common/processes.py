@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from asymq.quantizers import named_quantizers
 from asymq.training import shard
 
 
@@ -59,8 +58,6 @@ class Processes:
         if not self.shard:
             return model.to(self.device)
         mesh = dist.init_device_mesh(self.device.type, (self.count,))
-        for _, quantizer in named_quantizers(model):
-            quantizer.to(self.device)
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for block in module:
