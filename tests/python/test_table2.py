@@ -101,7 +101,8 @@ def filled(world, tmp_path_factory):
 def test_a_result_says_all_about_its_cell(filled):
     found = result(filled, "opt__scale_offset__1e-3")
     assert (found["model"], found["parameterization"], found["lr"]) == ("opt", "scale_offset", 1e-3)
-    assert (found["steps"], found["seed"], found["peak_gib"]) == (6, 0, None)
+    assert (found["steps"], found["seed"]) == (6, 0)
+    assert (found["peak_gib"] is None) == (not torch.cuda.is_available())
     assert list(found["ppl"]) == ["0", "2", "4", "6"]
     assert found["calibrated_ppl"] == found["ppl"]["0"]
     assert found["final_ppl"] == found["ppl"]["6"]
