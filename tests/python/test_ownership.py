@@ -329,6 +329,16 @@ def test_the_loss_is_that_of_the_logits_returned(change):
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_loss_of_an_evaluation(mode):
+    """Its logits keep nothing, and those of inference mode have no version to compare."""
+    model, batch = prepared(gpt2()), tokens()
+    expected = model(batch, labels=batch).loss
+    with mode():
+        loss = model(batch, labels=batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
 def test_what_is_kept_does_not_travel(tmp_path):
     model, batch = prepared(gpt2()), tokens()
     out = model(batch)

@@ -27,8 +27,10 @@ def unquantized(logits: Tensor) -> tuple[Tensor, QuantAct] | None:
     logits that were changed since."""
     if torch.compiler.is_compiling():
         return None
-    raw, quantizer, version = _UNQUANTIZED.get(logits, (None, None, None))
-    return None if version != logits._version else (raw, quantizer)
+    kept = _UNQUANTIZED.get(logits)
+    if kept is None or kept[2] != logits._version:
+        return None
+    return kept[:2]
 
 
 def causal_lm_loss(
