@@ -41,7 +41,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
         raise ValueError("asymq.calibrate: the model has no quantizers; call asymq.prepare first")
     for _, quantizer in quantizers:
         quantizer.need_whole()
-    with torch.no_grad(), _undone_on_error(quantizers), _evaluating(model):
+    with torch.no_grad(), _undone_on_error(model, quantizers), _evaluating(model):
+        for root in _roots(model):
+            root.expect_reached = False  # calibration itself says what its batches did not reach
         without_width = _calibrate_weights(model, force_zero)
         for _, quantizer in quantizers:
             quantizer.reached = False
@@ -97,9 +99,6 @@ def _calibrate_weights(model: nn.Module, force_zero: bool) -> list[str]:
 
 def _run(model: nn.Module, batches: Iterable[Any]) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for module in model.modules():
-        if isinstance(module, Prepared):
-            module.expect_reached = False  # calibration itself says what its batches did not reach
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
         if isinstance(batch, (tuple, list)) and batch:
@@ -131,6 +130,10 @@ def _set_range(quantizer: Quantizer, low: Tensor, high: Tensor, force_zero: bool
     return quantizer.set_range_of_data(low, high, force_zero)
 
 
+def _roots(model: nn.Module) -> list[Prepared]:
+    return [module for module in model.modules() if isinstance(module, Prepared)]
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -143,8 +146,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_error(quantizers: list[tuple[str, Quantizer]]) -> Iterator[None]:
+def _undone_on_error(model: nn.Module, quantizers: list[tuple[str, Quantizer]]) -> Iterator[None]:
     """Gives every quantizer back its ranges, calibrated state and state if the body raises."""
+    expecting = [root for root in _roots(model) if root.expect_reached]
     before = [
         (q, {k: v.clone() for k, v in q.range_tensors().items()}, q.calibrated, q.state, q.reached)
         for _, q in quantizers
@@ -152,6 +156,8 @@ def _undone_on_error(quantizers: list[tuple[str, Quantizer]]) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for root in expecting:
+            root.expect_reached = True
         for quantizer, tensors, calibrated, state, reached in before:
             for name, tensor in quantizer.range_tensors().items():
                 tensor.copy_(tensors[name])

@@ -42,7 +42,7 @@ def prepare(model: nn.Module, config: QuantConfig, allow_lookahead: bool = False
     plan.apply()
     put_in(model, Prepared, {})
     for name, quantizer in named_quantizers(model):
-        quantizer.name = quantizer.name or name
+        quantizer.name = name  # the model's own had none, or that within their layer
     training.warn_of_decay(model)
     return model
 

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 import asymq
 from asymq import PerChannel, PerGroup, QuantConfig, QuantSpec
+from asymq.layers import Quantized, QuantLayer
 
 TABLE2 = QuantConfig.table2("beta_gamma")
+ATTENTION = {"gpt2": "transformer.h.1.attn", "opt": "model.decoder.layers.1.self_attn"}
 SPEC = QuantSpec()
 EVERYTHING = QuantConfig(SPEC, SPEC, SPEC)
 
@@ -234,7 +236,7 @@ def test_granularities_of_activations(family, granularity, device):
     tokens_alone = {"*.scores_quantizer": SPEC, "*.probabilities_quantizer": SPEC}
     config = QuantConfig(None, spec, None, overrides=tokens_alone)
     model = prepared(FAMILIES[family]().to(device), config)
-    name = {"gpt2": "transformer.h.1.attn", "opt": "model.decoder.layers.1.self_attn"}[family]
+    name = ATTENTION[family]
     ranges = 32 if granularity == PerChannel() else 4
     assert model.get_submodule(f"{name}.context_quantizer").max.shape == (ranges,)
     model(tokens().to(device)).logits.sum().backward()
@@ -384,3 +386,54 @@ def test_small_biases_are_scores():
             results.append(logits(model, batch, attention_mask=bias))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert not torch.equal(results[0], logits(model, batch, attention_mask=plain))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_gets_no_quantizer_stays(family):
+    """Attention too, whose implementation goes on: weights alone need no scores."""
+    model = FAMILIES[family]()
+    implementation = model.config._attn_implementation
+    expected = logits(model, tokens())
+    asymq.prepare(model, QuantConfig(weight=QuantSpec(4, True, PerChannel())))
+    assert model.config._attn_implementation == implementation == "sdpa"
+    quantized = {name for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    assert quantized == {
+        name.removesuffix(".weight_quantizer")
+        for name, _ in model.named_modules(remove_duplicate=False)
+        if name.endswith(".weight_quantizer")
+    }
+    assert not isinstance(model.get_submodule(ATTENTION[family]), Quantized)
+    asymq.disable_quantizers(model)
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=1e-6, atol=1e-6)
+    asymq.calibrate(model, [tokens()])
+    before = logits(model, tokens())
+    asymq.convert(model)
+    torch.testing.assert_close(logits(model, tokens()), before, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_with_quantizers_of_its_own_stays():
+    model = gpt2()
+    own = QuantSpec(3, True)
+    c_proj = model.transformer.h[0].mlp.c_proj
+    model.transformer.h[0].mlp.c_proj = asymq.QuantLinear.from_float(c_proj, weight=own)
+    asymq.prepare(model, TABLE2)
+    quantizer = model.transformer.h[0].mlp.c_proj.weight_quantizer
+    assert quantizer.spec == own and quantizer.name == "transformer.h.0.mlp.c_proj.weight_quantizer"
+    asymq.calibrate(model, [tokens()])
+    assert quantizer.calibrated
+
+
+def test_a_calibration_that_fails_leaves_the_first_forward_to_say_it():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = asymq.prepare(Half(), QuantConfig(weight=QuantSpec(dynamic=True)))
+    with pytest.raises(ValueError, match="needs at least one batch"):
+        asymq.calibrate(model, [])
+    with pytest.warns(UserWarning, match=r"first forward .* did not use unused\.weight_quantizer"):
+        model(torch.randn(2, 3))

@@ -36,7 +36,6 @@ class QuantLayer(Quantized):
 
     kind: ClassVar[str] = "weight"
     weight_quantizer_class: ClassVar[type[WeightQuantizer]] = WeightQuantizer
-    default_weight: ClassVar[QuantSpec | None] = WEIGHT
     # Axes of the weight where a granularity names none.
     channel_axis: ClassVar[int] = 0
     reduction_axis: ClassVar[int] = -1
@@ -169,7 +168,6 @@ class QuantNorm(QuantLayer):
 
     kind = "norm_weight"
     weight_quantizer_class = NormWeightQuantizer
-    default_weight = NORM_WEIGHT
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -60,6 +60,8 @@ class Plan:
         what it becomes, by default what is registered for its class. An adapter (peft's) around a
         layer goes on: the layer's weight is quantized, and the adapter's output."""
         module = self.model.get_submodule(name)
+        if isinstance(module, QuantLayer):
+            return  # made with quantizers of its own, which stay
         if is_adapter(module):
             self.layer(f"{name}.base_layer", output=False)
             if output:
@@ -203,8 +205,10 @@ class Plan:
                 )
 
     def apply(self) -> None:
+        """A module that gets none of its quantizers stays what it is."""
         for change in self._changes.values():
-            put_in(change.module, change.base, change.quantizers)
+            if any(change.quantizers.values()) or not change.base.sites:
+                put_in(change.module, change.base, change.quantizers)
 
 
 def is_adapter(module: nn.Module) -> bool:

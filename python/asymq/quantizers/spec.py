@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -40,7 +41,7 @@ def split_parameterization(name: str) -> tuple[str, bool]:
     return base, sigmoid
 
 
-class Json:
+class Json(ABC):
     """To and from JSON, of a dataclass with `to_dict` and `from_dict`."""
 
     def to_json(self) -> str:
@@ -54,12 +55,12 @@ class Json:
             raise ValueError(f"{cls.__name__}: not JSON: {error}") from None
         return cls.from_dict(values)
 
-    def to_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]: ...
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]):
-        raise NotImplementedError
+    @abstractmethod
+    def from_dict(cls, values: Mapping[str, Any]): ...
 
     @classmethod
     def _known(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class NormWeightQuantizer(WeightQuantizer):
 def elements(tensor: Tensor) -> tuple:
     """Equal for two tensors exactly if they are the same elements of memory. Tensors without memory
     go by identity."""
-    if tensor.is_meta:
+    if tensor.is_meta or not tensor.numel():
         return (id(tensor),)
     return (
         tensor.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from weakref import WeakSet
 
@@ -51,9 +52,14 @@ _SEEN: WeakSet[Optimizer] = WeakSet()
 def warn_of_decay(model: nn.Module) -> None:
     """From now on, the first step of an optimizer that shrinks ranges of `model` warns, or that of
     one that takes them for matrices."""
-    if not _WATCHED:
-        register_optimizer_step_pre_hook(_look_at)
+    _watch()
     _WATCHED.add(model)
+
+
+@functools.cache
+def _watch() -> None:
+    """Once in a process."""
+    register_optimizer_step_pre_hook(_look_at)
 
 
 def _look_at(optimizer: Optimizer, *_) -> None:
