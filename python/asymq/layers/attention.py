@@ -83,7 +83,8 @@ def quantized_attention(
         )
     queries, keys = scores.shape[-2:]
     causal = attention_mask is None and queries == keys and getattr(module, "is_causal", False)
-    before, after = module.scores_quantizer, module.probabilities_quantizer
+    # One implementation runs all attention of a model, also that without quantizers.
+    before, after, of_context = (getattr(module, site, None) for site in QuantAttention.sites)
     dropout = dropout if module.training else 0.0
     ranges = fused.ranges_of(before, after)
     if ranges is not None and not dropout and not torch.compiler.is_compiling():
@@ -94,7 +95,7 @@ def quantized_attention(
         context = nn.functional.dropout(probabilities, dropout) @ value
     # With the heads side by side, so that a channel is a channel of the output.
     context = context.transpose(1, 2)
-    context = apply(module.context_quantizer, context.flatten(2)).view(context.shape)
+    context = apply(of_context, context.flatten(2)).view(context.shape)
     return context, probabilities
 
 
