@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from compare import assert_bit_equal
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, SETTINGS, gpt2, logits, opt, prepared, tokens, train
+from tiny_models import COPIES, FAMILIES, SETTINGS, gpt2, logits, opt, prepared, tokens, train
 from torch import nn
 
 import asymq
@@ -199,20 +198,12 @@ def test_an_unknown_format_is_refused(tmp_path):
 # ---- copies ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copies(family, how):
     model = learned(family)
     expected = logits(model, tokens())
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = COPIES[how](model)
     assert_bit_equal(logits(twin, tokens()), expected)
     assert_same_state(twin, model)
 

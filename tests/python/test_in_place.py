@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import io
-import pickle
 import subprocess
 import sys
 import threading
@@ -13,7 +11,7 @@ import pytest
 import torch
 from compare import assert_bit_equal
 from operator_calls import OperatorCalls
-from tiny_models import FAMILIES, gpt2, logits, next_token_loss, opt, prepared, tokens
+from tiny_models import COPIES, FAMILIES, gpt2, logits, next_token_loss, opt, prepared, tokens
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -221,18 +219,10 @@ def test_functional_call():
     assert_bit_equal(actual, twin(BATCH))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_of_classes_made_at_run_time(how):
     model = calibrated(Net())
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = COPIES[how](model)
     assert type(twin) is type(model) and type(twin.layer) is type(model.layer)
     assert_bit_equal(twin(BATCH), model(BATCH))
     asymq.convert(twin)

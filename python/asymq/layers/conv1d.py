@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from asymq.layers.layer import WEIGHT, QuantLayer, need_class
+from asymq.layers.layer import WEIGHT, QuantLayer
 from asymq.layers.registry import quantizes
 from asymq.quantizers import QuantSpec, apply
 
@@ -19,6 +19,7 @@ class QuantConv1D(QuantLayer, Conv1D):
     """
 
     float_class = Conv1D
+    made_of = "Conv1D"
     bias: Tensor
     channel_axis, reduction_axis = 1, 0
 
@@ -33,18 +34,6 @@ class QuantConv1D(QuantLayer, Conv1D):
     ):
         Conv1D.__init__(self, nf, nx)
         self._create(weight, output, input)
-
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.Module,
-        weight: QuantSpec | None = WEIGHT,
-        output: QuantSpec | None = None,
-        input: QuantSpec | None = None,
-    ) -> QuantLayer:
-        """Of a Conv1D: a new layer that shares its parameters."""
-        need_class(module, cls, "Conv1D", Conv1D)
-        return cls.of_float(module, weight, output, input)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize_output(self.product(x))

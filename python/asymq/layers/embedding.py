@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymq.layers.layer import WEIGHT, QuantLayer, need_class
+from asymq.layers.layer import WEIGHT, QuantLayer
 from asymq.layers.registry import quantizes
 from asymq.quantizers import QuantSpec
 
@@ -19,23 +19,12 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     """
 
     float_class = nn.Embedding
+    made_of = "nn.Embedding"
     has_output = False
 
     def __init__(self, *args, weight: QuantSpec | None = WEIGHT, **kwargs):
         nn.Embedding.__init__(self, *args, **kwargs)
         self._create(weight, None, None)
-
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.Module,
-        weight: QuantSpec | None = WEIGHT,
-        output: None = None,
-        input: None = None,
-    ) -> QuantLayer:
-        """Of an nn.Embedding: a new one that shares its weight."""
-        need_class(module, cls, "nn.Embedding", nn.Embedding)
-        return cls.of_float(module, weight, output, input)
 
     @classmethod
     def left_alone(cls, module: nn.Module) -> bool:

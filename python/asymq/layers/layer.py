@@ -41,6 +41,8 @@ class QuantLayer(Quantized):
     reduction_axis: ClassVar[int] = -1
     # Whether the output is anything but the weight's own values.
     has_output: ClassVar[bool] = True
+    # What from_float takes, in its error's words.
+    made_of: ClassVar[str]
 
     @classmethod
     def output_channels(cls, module: nn.Module) -> int | None:
@@ -129,14 +131,21 @@ class QuantLayer(Quantized):
         )
 
     @classmethod
-    def of_float(
+    def from_float(
         cls,
         module: nn.Module,
-        weight: QuantSpec | None,
+        weight: QuantSpec | None = WEIGHT,
         output: QuantSpec | None = None,
         input: QuantSpec | None = None,
-    ):
-        """`from_float` of any of the layers."""
+    ) -> QuantLayer:
+        """A new layer that shares the parameters of a float one, which stays as it is.
+
+        ValueError: it is of another class than `float_class`, or cannot have these quantizers.
+        """
+        if not isinstance(module, cls.float_class):
+            raise ValueError(
+                f"{cls.__name__}.from_float: needs {cls.made_of}, got {type(module).__name__}"
+            )
         quantizers = cls.make_quantizers(module, weight, output, input)
         layer = twin(module)
         put_in(layer, cls, quantizers)
@@ -169,17 +178,20 @@ class QuantNorm(QuantLayer):
     kind = "norm_weight"
     weight_quantizer_class = NormWeightQuantizer
 
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight: QuantSpec | None = NORM_WEIGHT,
+        output: QuantSpec | None = None,
+        input: QuantSpec | None = None,
+    ) -> QuantLayer:
+        """As that of any layer. Without a weight, weight must be None."""
+        return super().from_float(module, weight, output, input)
+
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a float layer that has one."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def need_class(module: nn.Module, cls: type, expected: str, *classes: type) -> None:
-    """ValueError where `from_float` was given another kind of module."""
-    if not isinstance(module, classes):
-        raise ValueError(
-            f"{cls.__name__}.from_float: needs {expected}, got {type(module).__name__}"
-        )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from asymq.layers import registry
-from asymq.layers.layer import WEIGHT, QuantLayer, need_class
+from asymq.layers.layer import WEIGHT, QuantLayer
 from asymq.layers.loss import keep_unquantized
 from asymq.layers.registry import quantizes
 from asymq.quantizers import QuantSpec, apply
@@ -23,6 +23,7 @@ class QuantLinear(QuantLayer, nn.Linear):
     """
 
     float_class = nn.Linear
+    made_of = "nn.Linear or Conv1D"
 
     def __init__(
         self,
@@ -48,11 +49,10 @@ class QuantLinear(QuantLayer, nn.Linear):
         input: QuantSpec | None = None,
     ) -> QuantLayer:
         """Of an nn.Linear or a Conv1D: a new layer that shares its parameters."""
-        base, names = registry.find(type(module)), ("QuantLinear", "QuantConv1D")
-        if base is None or not issubclass(base, QuantLayer) or base.__name__ not in names:
-            need_class(module, cls, "nn.Linear or Conv1D", nn.Linear)
-            base = cls
-        return base.of_float(module, weight, output, input)
+        found = registry.find(type(module))
+        if found is not None and found.__name__ == "QuantConv1D" and issubclass(found, QuantLayer):
+            return found.from_float(module, weight, output, input)
+        return super().from_float(module, weight, output, input)
 
     @classmethod
     def left_alone(cls, module: nn.Module) -> bool:

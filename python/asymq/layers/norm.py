@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymq.layers.layer import NORM_WEIGHT, QuantLayer, QuantNorm, need_class
+from asymq.layers.layer import NORM_WEIGHT, QuantNorm
 from asymq.layers.registry import quantizes
 from asymq.quantizers import QuantSpec, apply
 
@@ -18,6 +18,7 @@ class QuantLayerNorm(QuantNorm, nn.LayerNorm):
     """
 
     float_class = nn.LayerNorm
+    made_of = "nn.LayerNorm"
     weight: nn.Parameter  # None with elementwise_affine=False, and so is its quantizer
 
     def __init__(
@@ -30,19 +31,6 @@ class QuantLayerNorm(QuantNorm, nn.LayerNorm):
     ):
         nn.LayerNorm.__init__(self, *args, **kwargs)
         self._create(weight, output, input)
-
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.Module,
-        weight: QuantSpec | None = NORM_WEIGHT,
-        output: QuantSpec | None = None,
-        input: QuantSpec | None = None,
-    ) -> QuantLayer:
-        """Of an nn.LayerNorm: a new one that shares its parameters; without a weight, weight must
-        be None."""
-        need_class(module, cls, "nn.LayerNorm", nn.LayerNorm)
-        return cls.of_float(module, weight, output, input)
 
     @classmethod
     def output_channels(cls, module: nn.Module) -> int:

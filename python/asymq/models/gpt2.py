@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from inspect import signature
-
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel
 
 from asymq.layers import Quantized, QuantLogits, fused
 from asymq.layers.activation import is_tanh_gelu
-from asymq.layers.attention import QuantAttention
 from asymq.layers.conv1d import QuantConv1D
+from asymq.models.block import QuantBlock, argument_names, plan_block
 from asymq.models.root import QuantCausalLM
 from asymq.models.sites import Plan
-from asymq.quantizers import Quantizer, apply, is_unobserved
+from asymq.quantizers import apply, is_unobserved
 
 MODEL = GPT2LMHeadModel
 
 
-class QuantGPT2Block(Quantized, GPT2Block):
-    """A block that quantizes both residual sums; the first one what it is given as well, the sum of
-    the embeddings."""
-
+class QuantGPT2Block(QuantBlock, GPT2Block):
     float_class = GPT2Block
-    sites = ("input_quantizer", "attention_sum_quantizer", "mlp_sum_quantizer")
-    input_quantizer: Quantizer | None
-    attention_sum_quantizer: Quantizer | None
-    mlp_sum_quantizer: Quantizer | None
+    _names = argument_names(GPT2Block)
     ln_1: nn.Module
     attn: nn.Module
     ln_2: nn.Module
     mlp: nn.Module
-    # transformers passes some arguments by position, and attention takes all by name.
-    _names = tuple(signature(GPT2Block.forward).parameters)[2:]
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        kwargs.update(zip(self._names, args, strict=False))
+        kwargs = self.by_name(args, kwargs)
         if kwargs.pop("encoder_hidden_states", None) is not None:
             raise ValueError(
                 "asymq: a prepared GPT-2 has no cross attention: encoder_hidden_states must be None"
@@ -76,20 +66,9 @@ def plan(plan: Plan, model: GPT2LMHeadModel) -> None:
     width = config.hidden_size
     for i in range(len(model.transformer.h)):
         name = f"transformer.h.{i}"
-        sums = dict.fromkeys(("attention_sum_quantizer", "mlp_sum_quantizer"), width)
-        if i == 0:
-            plan.sites(name, QuantGPT2Block, input_quantizer=width, **sums)
-        else:
-            plan.sites(name, QuantGPT2Block, **sums)
+        plan_block(plan, name, QuantGPT2Block, "attn", width, first=i == 0)
         for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
             plan.layer(f"{name}.{layer}")
-        plan.sites(
-            f"{name}.attn",
-            QuantAttention,
-            scores_quantizer=None,
-            probabilities_quantizer=None,
-            context_quantizer=width,
-        )
         plan.output(f"{name}.mlp.act", config.n_inner or 4 * width)
         plan.becomes(f"{name}.mlp", QuantGPT2MLP)
     plan.layer("transformer.ln_f")

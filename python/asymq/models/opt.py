@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from inspect import signature
-
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
-from asymq.layers import Quantized, QuantLogits
-from asymq.layers.attention import QuantAttention
+from asymq.layers import QuantLogits
+from asymq.models.block import QuantBlock, argument_names, plan_block
 from asymq.models.root import QuantCausalLM
 from asymq.models.sites import Plan
-from asymq.quantizers import Quantizer, apply
+from asymq.quantizers import apply
 
 MODEL = OPTForCausalLM
 
 
-class QuantOPTDecoderLayer(Quantized, OPTDecoderLayer):
-    """A layer that quantizes both residual sums; the first one what it is given as well, the sum of
-    the embeddings."""
-
+class QuantOPTDecoderLayer(QuantBlock, OPTDecoderLayer):
     float_class = OPTDecoderLayer
-    sites = ("input_quantizer", "attention_sum_quantizer", "mlp_sum_quantizer")
-    input_quantizer: Quantizer | None
-    attention_sum_quantizer: Quantizer | None
-    mlp_sum_quantizer: Quantizer | None
+    _names = argument_names(OPTDecoderLayer)
     self_attn: nn.Module
     self_attn_layer_norm: nn.Module
     activation_fn: nn.Module
@@ -34,10 +26,8 @@ class QuantOPTDecoderLayer(Quantized, OPTDecoderLayer):
     final_layer_norm: nn.Module
     dropout: float
 
-    _names = tuple(signature(OPTDecoderLayer.forward).parameters)[2:]
-
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        kwargs.update(zip(self._names, args, strict=False))
+        kwargs = self.by_name(args, kwargs)
         hidden_states = apply(self.input_quantizer, hidden_states)
         attention, _ = self.self_attn(
             hidden_states=self._before(self.self_attn_layer_norm, hidden_states), **kwargs
@@ -69,20 +59,9 @@ def plan(plan: Plan, model: OPTForCausalLM) -> None:
             plan.layer(f"model.decoder.{name}")
     for i, layer in enumerate(decoder.layers):
         name = f"model.decoder.layers.{i}"
-        sums = dict.fromkeys(("attention_sum_quantizer", "mlp_sum_quantizer"), width)
-        if i == 0:
-            plan.sites(name, QuantOPTDecoderLayer, input_quantizer=width, **sums)
-        else:
-            plan.sites(name, QuantOPTDecoderLayer, **sums)
+        plan_block(plan, name, QuantOPTDecoderLayer, "self_attn", width, first=i == 0)
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             plan.layer(f"{name}.self_attn.{projection}")
-        plan.sites(
-            f"{name}.self_attn",
-            QuantAttention,
-            scores_quantizer=None,
-            probabilities_quantizer=None,
-            context_quantizer=width,
-        )
         for norm in ("self_attn_layer_norm", "final_layer_norm"):
             plan.layer(f"{name}.{norm}")
         # A ReLU's output alone is quantized: what it clips needs no grid of its own.

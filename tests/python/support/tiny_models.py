@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +43,20 @@ def opt(**options) -> nn.Module:
 
 
 FAMILIES = {"gpt2": gpt2, "opt": opt}
+
+
+def _through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": _through_a_file,
+}
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:
