@@ -175,6 +175,9 @@ def test_a_state_writes_a_shared_quantizer_once():
     wrapper = nn.ModuleDict({"a": model, "b": copy.deepcopy(model)})
     assert len(wrapper.state_dict()) == 2 * len(keys)
     assert len(list(named_quantizers(wrapper))) == 2 * len(list(named_quantizers(model)))
+    # A copy made after that is another quantizer.
+    wrapper["c"] = copy.deepcopy(wrapper["a"])
+    assert len(wrapper.state_dict()) == 3 * len(keys)
 
 
 # ---- a tie that is broken ------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class Quantizer(nn.Module):
         # Whether a forward has come here: what none does is calibrated and learned for nothing.
         self.reached = False
         self._observed: tuple[Tensor, Tensor] | None = None
+        # The prefix under which a state has it last, by which its other names know that.
         self._written_as: str | None = None
         self._create_ranges(spec, shape, device)
 
@@ -396,6 +397,7 @@ class Quantizer(nn.Module):
         if "_state" not in state:
             raise RuntimeError(PICKLE_OF_0_1)
         super().__setstate__(state)
+        self._written_as = None  # a copy is in no state yet
 
     # ---- state_dict ----------------------------------------------------------------------------
 
