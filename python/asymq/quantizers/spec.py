@@ -176,9 +176,10 @@ class QuantSpec(Json):
 
     def with_parameterization(self, name: str) -> QuantSpec:
         """This quantizer under another parameterization, "beta_gamma_sigmoid" among them. The
-        symmetric counterpart of kscale_koffset is taken to be the learned scale."""
+        symmetric counterpart of one that has none (kscale_koffset) is taken to be the learned
+        scale."""
         base, sigmoid = split_parameterization(name)
-        if base == "kscale_koffset" and self.symmetric:
+        if (base, self.symmetric) not in _LEARNABLE:
             base = "scale_offset"
         return self.replace(parameterization=base, sigmoid=sigmoid)
 
