@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymq.layers import QuantLayer
+from asymq.layers import quantized_parameters
 from asymq.models.root import Prepared, warn_of_unreached
-from asymq.quantizers import OFF, QUANTIZING, Quantizer, WeightQuantizer, is_split, named_quantizers
+from asymq.quantizers import (
+    OFF,
+    QUANTIZING,
+    QuantAct,
+    Quantizer,
+    is_split,
+    named_quantizers,
+)
 from asymq.wrappers import unwrap
 
 
@@ -25,8 +32,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
     Activations get the smallest and largest value seen over `batches`, in evaluation mode with
     weights already quantized; zero is forced into the range unless `force_zero` is False. Symmetric
     weights get the largest |w| of each range, others their own minimum and maximum. Weights of
-    normalization layers stay in float meanwhile and get their own minimum and maximum. A second
-    calibration starts afresh.
+    normalization layers stay in float meanwhile and get their own minimum and maximum. Dynamic
+    ranges need no data: their factors become 1. A second calibration starts afresh.
 
     Warns, with names, of quantizers that no batch reached, which stay as they were, and of those
     whose data have no width (a weight of zeros, a constant output): they get a range all the same,
@@ -45,22 +52,24 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
         for root in _roots(model):
             root.expect_reached = False  # calibration itself says what its batches did not reach
         without_width = _calibrate_weights(model, force_zero)
+        observing = [(n, q) for n, q in quantizers if isinstance(q, QuantAct) and not q.live]
         for _, quantizer in quantizers:
             quantizer.reached = False
-            if quantizer.kind == "activation":
-                quantizer.start_observing()
-            else:
-                quantizer.state = OFF if quantizer.kind == "norm_weight" else QUANTIZING
+            quantizer.state = QUANTIZING if quantizer.kind == "weight" else OFF
+        for _, quantizer in observing:
+            quantizer.start_observing()
         _run(model, batches)
         unseen = []
-        for name, quantizer in quantizers:
-            if quantizer.kind == "activation":
-                observed = quantizer.take_observed()
-                if observed is None:
-                    unseen.append(name)
-                elif not _set_range(quantizer, *observed, force_zero):
-                    without_width.append(quantizer.label)
+        for name, quantizer in observing:
+            observed = quantizer.take_observed()
+            if observed is None:
+                unseen.append(name)
+            elif not _set_range(quantizer, *observed, force_zero):
+                without_width.append(quantizer.label)
+        for _, quantizer in quantizers:
             quantizer.state = QUANTIZING
+            if quantizer.live:
+                quantizer.set_factors()
     _warn(model, unseen, without_width)
 
 
@@ -85,10 +94,9 @@ def _warn(model: nn.Module, unseen: list[str], without_width: list[str]) -> None
 
 def _calibrate_weights(model: nn.Module, force_zero: bool) -> list[str]:
     """Names of the weights' quantizers whose weight has no width."""
-    weights: dict[WeightQuantizer, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
-            weights.setdefault(module.weight_quantizer, module.weight)
+    weights: dict[Quantizer, Tensor] = {}
+    for _, quantizer, parameter in quantized_parameters(model):
+        weights.setdefault(quantizer, parameter)
     without_width = []
     for quantizer, weight in weights.items():
         whole = weight.full_tensor() if is_split(weight) else weight
@@ -120,7 +128,7 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> None:
 def _set_range(quantizer: Quantizer, low: Tensor, high: Tensor, force_zero: bool) -> bool:
     """Whether the data say anything of the range."""
     if not bool((low.isfinite() & high.isfinite()).all()):
-        what = "an activation" if quantizer.kind == "activation" else "the weight"
+        what = "an activation" if isinstance(quantizer, QuantAct) else "the weight"
         raise ValueError(
             f"asymq.calibrate: {quantizer.label}: {what} has NaN or infinite values: its "
             f"range would be [{low.min().item()}, {high.max().item()}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from asymq.layers import Quantized, QuantLayer
+from asymq.layers import Quantized, quantized_parameters
 from asymq.quantizers import Quantizer, elements, is_split, named_quantizers
 
 
@@ -46,16 +46,13 @@ def _quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tenso
     """Each weight that has a quantizer, once, and what it becomes."""
     first: dict[Quantizer, tuple[str, torch.Tensor]] = {}
     values = []
-    for name, module in model.named_modules():
-        quantizer = module.weight_quantizer if isinstance(module, QuantLayer) else None
-        if quantizer is None:
-            continue
-        other, weight = first.setdefault(quantizer, (name, module.weight))
+    for name, quantizer, weight in quantized_parameters(model):
+        other, same = first.setdefault(quantizer, (name, weight))
         if other == name:
-            values.append((module.weight, quantizer.fake_quantize(module.weight)))
-        elif elements(weight) != elements(module.weight):
+            values.append((weight, quantizer.fake_quantize(weight)))
+        elif elements(weight) != elements(same):
             raise ValueError(
-                f"asymq.convert: {other}.weight and {name}.weight share {quantizer.label} but are "
-                "no longer one tensor: tie them again (model.tie_weights())"
+                f"asymq.convert: {other} and {name} share {quantizer.label} but are no longer one "
+                "tensor: tie them again (model.tie_weights())"
             )
     return values

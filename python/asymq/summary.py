@@ -1,24 +1,34 @@
-"""`summary`: every quantizer of a model as a row of a table."""
+"""`summary`: every quantizer of a model as a row of a table, and what has none."""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
 from torch import nn
 
-from asymq.quantizers import Quantizer, named_quantizers
+from asymq.layers import quantized_parameters
+from asymq.quantizers import QuantAct, Quantizer, elements, named_quantizers
 
 _TITLES = ("name", "kind", "bits", "granularity", "parameterization", "range", "collapsed")
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def summary(model: nn.Module) -> str:
     """A table with one row per quantizer: name, kind, bits, granularity, parameterization, range
-    (the outermost ends where there are several) and how many of its ranges have collapsed, which is
-    a raw scale of at most eps.
+    (the outermost ends where there are several; of a dynamic one the factors) and how many of its
+    ranges have collapsed, which is a raw scale of at most eps.
+
+    Below it, a line for each quantizer that several layers share, and last what is not quantized:
+    the parameters without a quantizer, biases included, as a share of all (ranges do not count).
     """
     rows = [_TITLES, *(_row(name, quantizer) for name, quantizer in named_quantizers(model))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
     rows.insert(1, tuple("-" * width for width in widths))
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    notes = [*_shared(model), *_float(model)]
+    return "\n".join(line.rstrip() for line in [*lines, *([""] if notes else []), *notes])
 
 
 def _row(name: str, quantizer: Quantizer) -> tuple[str, ...]:
@@ -41,3 +51,36 @@ def _collapsed(quantizer: Quantizer) -> str:
         return "-"
     count = int(collapsed.sum())
     return f"{count} of {collapsed.numel()}" if count else "no"
+
+
+def _shared(model: nn.Module) -> Iterator[str]:
+    """The other names of quantizers that serve several layers."""
+    names: defaultdict[Quantizer, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Quantizer):
+            names[module].append(name)
+    for quantizer, (first, *others) in names.items():
+        if others:
+            what = "input" if isinstance(quantizer, QuantAct) else "weight"
+            yield f"{first}: one {what} with {', '.join(others)}"
+
+
+def _float(model: nn.Module) -> Iterator[str]:
+    quantized = {elements(parameter) for _, _, parameter in quantized_parameters(model)}
+    ranges = {id(p) for _, q in named_quantizers(model) for p in q.parameters()}
+    everything = {
+        elements(p): (name, p.numel())
+        for name, p in model.named_parameters()
+        if id(p) not in ranges
+    }
+    left = [value for key, value in everything.items() if key not in quantized]
+    total = sum(count for _, count in everything.values())
+    count = sum(count for _, count in left)
+    if not left:
+        return
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name, _ in left:
+        alike[_INDEX.sub("*", name)].append(name)
+    names = (same[0] if len(same) == 1 else pattern for pattern, same in alike.items())
+    share = f"{count:,} of {total:,} parameters ({count / total:.2%})"
+    yield f"not quantized: {share}: {', '.join(names)}"

@@ -224,19 +224,21 @@ def test_summary():
     assert asymq.summary(model) == "\n".join(
         [
             "name  kind        bits  granularity          parameterization            "
-            "range                    collapsed",
+            "range                           collapsed",
             "----  ----------  ----  -------------------  --------------------------  "
-            "-----------------------  ---------",
+            "------------------------------  ---------",
             "0     activation  2     per tensor           beta_gamma                  "
-            "[-1, 2]                  no",
+            "[-1, 2]                         no",
             "1     activation  2     per channel          beta_gamma                  "
-            "4 ranges within [-4, 2]  1 of 4",
+            "4 ranges within [-4, 2]         1 of 4",
             "2     activation  2     per tensor           symmetric min_max           "
-            "[-1, 1]                  no",
+            "[-1, 1]                         no",
             "3     activation  2     groups of 2, axis 1  beta_gamma sigmoid fix_min  "
-            "uncalibrated             -",
+            "uncalibrated                    -",
             "4     activation  2     per tensor           beta_gamma dynamic          "
-            "dynamic range            -",
+            "dynamic range, beta 1, gamma 1  -",
+            "",
+            "not quantized: 6 of 6 parameters (100.00%): 5.weight, 5.bias",
         ]
     )
 
@@ -244,14 +246,19 @@ def test_summary():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_summary_of_a_model(family):
     model = prepared(FAMILIES[family]())
-    head, _, *rows = asymq.summary(model).splitlines()
+    table, notes = asymq.summary(model).split("\n\n")
+    head, _, *rows = table.splitlines()
     assert head.split() == ("name kind bits granularity parameterization range collapsed".split())
     named = dict(asymq.named_quantizers(model))
     assert [row.split()[0] for row in rows] == list(named)
     assert [row.split()[1] for row in rows] == [q.kind for q in named.values()]
     assert all(row.endswith(" no") for row in rows)
+    shared, left = notes.splitlines()
+    embedding = model.get_input_embeddings().weight_quantizer.name
+    assert shared == f"{embedding}: one weight with lm_head.weight_quantizer"
+    assert "not quantized: " in left and ".*." in left and left.endswith(".bias")
     with torch.no_grad():
         quantizer = model.get_input_embeddings().weight_quantizer
         quantizer.gamma[:3] = torch.tensor([[-1.0], [0.0], [1e-9]])
-    (row,) = (r for r in asymq.summary(model).splitlines() if r.startswith(quantizer.name))
+    (row,) = (r for r in asymq.summary(model).splitlines() if r.startswith(f"{quantizer.name}  "))
     assert row.endswith(f" 3 of {quantizer.gamma.numel()}")

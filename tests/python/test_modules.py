@@ -420,7 +420,8 @@ def test_uncalibrated_use_names_the_quantizer(name):
         ),
         (
             {"granularity": PerGroup(2), "dynamic": True, "fix_min": True},
-            "8 bits, PerGroup(size=2, axis=None), beta_gamma, dynamic, fix_min, dynamic range",
+            "8 bits, PerGroup(size=2, axis=None), beta_gamma, dynamic, fix_min, dynamic range, "
+            "gamma 1",
         ),
     ],
 )

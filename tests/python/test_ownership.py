@@ -115,7 +115,7 @@ def test_parts_of_one_buffer_that_do_not_overlap(split):
         layer.weight = nn.Parameter(part)
     asymq.prepare(model, WEIGHTS)
     quantizers = [q for _, q in named_quantizers(model)]
-    assert len(quantizers) == 2 and not any(q.shared for q in quantizers)
+    assert len(quantizers) == 2 and not any(q.users > 1 for q in quantizers)
 
 
 def test_a_tie_by_memory():
@@ -284,7 +284,7 @@ def test_sharing_changes_no_gradient(case, device):
     results = []
     for shared in (True, False):
         model.zero_grad()
-        model.a.weight_quantizer.shared = shared
+        model.a.weight_quantizer.users = 2 if shared else 1
         y = model(x)
         y.square().sum().backward()
         results.append((y.detach(), model.a.weight.grad.clone()))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymq import PerChannel, PerGroup, PerTensor, QuantConfig, QuantSpec
+from asymq import PerChannel, PerGroup, PerTensor, PerToken, QuantConfig, QuantSpec
 
 
 def test_defaults():
@@ -20,6 +20,8 @@ def test_defaults():
         "dynamic": False,
         "fix_min": False,
         "eps": 1e-8,
+        "full_range": False,
+        "learn": True,
     }
     assert QuantSpec().granularity == PerTensor()
     assert PerChannel().axis is None and PerGroup(4).axis is None
@@ -28,6 +30,13 @@ def test_defaults():
 
 
 IMPOSSIBLE = [
+    ({"full_range": True}, "full_range belongs to symmetric quantizers"),
+    ({"learn": 1}, "learn must be True or False, got 1"),
+    (
+        {"granularity": PerToken(), "parameterization": "min_max"},
+        r"PerToken\(\) belongs to beta_gamma, got parameterization 'min_max'",
+    ),
+    ({"granularity": PerToken(), "fix_min": True}, r"PerToken\(\) .* fix_min must be False"),
     ({"bits": 1}, "bits must be an integer from 2 to 16, got 1"),
     ({"bits": 17}, "bits must be an integer from 2 to 16, got 17"),
     ({"bits": 8.0}, r"bits .* got 8\.0"),
@@ -102,7 +111,89 @@ def test_table2_of_an_unknown_name():
         QuantConfig.table2("lsq")
 
 
+RECIPES = ("w4a16", "w4a8", "w8a8", "w4a4", "npu")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_go_to_json_and_back(name):
+    config = getattr(QuantConfig, name)()
+    assert QuantConfig.from_json(config.to_json()) == config
+
+
+def test_what_recipes_say():
+    by_row, groups = QuantSpec(8, True, PerChannel()), QuantSpec(4, True, PerGroup(64))
+    tokens = QuantSpec(8, granularity=PerToken())
+    assert QuantConfig.w4a16(group=64) == QuantConfig(groups, embedding=None, head=None)
+    assert QuantConfig.w4a8(group=64, cache=8) == QuantConfig(
+        groups, input=tokens, cache=tokens, embedding=by_row, head=by_row
+    )
+    assert QuantConfig.w8a8(cache=4) == QuantConfig(
+        by_row,
+        input=tokens.replace(symmetric=True),
+        cache=tokens.replace(symmetric=True, bits=4),
+        embedding=None,
+        head=None,
+    )
+    w4a4 = QuantConfig.w4a4(group=64)
+    assert w4a4.weight == groups.replace(full_range=True)
+    assert w4a4.input == QuantSpec(4, granularity=PerToken(64))
+    assert QuantConfig.w4a4().weight == QuantSpec(4, True, PerChannel(), full_range=True)
+    npu = QuantConfig.npu(head=4)
+    assert (npu.activation, npu.norm_weight, npu.cache) == (
+        QuantSpec(16),
+        QuantSpec(16),
+        QuantSpec(8),
+    )
+    assert npu.embedding == npu.head == QuantSpec(4, True, PerChannel())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_refuse_bits_that_cannot_be(name):
+    option = {"w4a16": "group", "npu": "weight"}.get(name, "cache")
+    with pytest.raises(ValueError, match=r"(bits|size) must be"):
+        getattr(QuantConfig, name)(**{option: 0 if option == "group" else 17})
+
+
+def test_a_range_of_each_token():
+    spec = QuantSpec(granularity=PerToken(32))
+    assert spec.dynamic and spec == QuantSpec(granularity=PerToken(32), dynamic=True)
+    # It is dynamic for its tokens' sake.
+    assert not spec.replace(granularity=PerTensor()).dynamic
+    assert spec.replace(bits=4).dynamic
+    assert QuantSpec(dynamic=True).replace(granularity=PerChannel()).dynamic
+
+
+def test_json_of_what_version_0_1_knows_has_no_more_fields():
+    assert not {"full_range", "learn"} & QuantSpec().to_dict().keys()
+    assert QuantSpec(symmetric=True, full_range=True).to_dict()["full_range"] is True
+
+
+CONFIGS_THAT_CANNOT_BE = [
+    ({"weight": QuantSpec(granularity=PerToken())}, "weight: a weight has no tokens"),
+    ({"norm_weight": QuantSpec(granularity=PerToken())}, "norm_weight: a weight has no tokens"),
+    ({"head": QuantSpec(granularity=PerToken(4))}, "head: a weight has no tokens"),
+    (
+        {"overrides": {"weight:*": QuantSpec(granularity=PerToken())}},
+        r"overrides\['weight:\*'\]: a weight has no tokens",
+    ),
+    ({"activation": QuantSpec(), "input": QuantSpec()}, "activation and input exclude each other"),
+    ({"embedding": "float"}, "embedding must be a QuantSpec, None or \"weight\", got 'float'"),
+    ({"cache": "weight"}, "cache must be a QuantSpec or None, got 'weight'"),
+    ({"skip": "inputs:*"}, "'inputs:\\*' matches nothing.*weight, activation, norm_weight, input"),
+    ({"overrides": {"kv:*": None}}, "'kv:\\*' matches nothing"),
+]
+
+
+@pytest.mark.parametrize("fields, message", CONFIGS_THAT_CANNOT_BE)
+def test_a_config_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=f"QuantConfig: {message}"):
+        QuantConfig(**fields)
+
+
 def _possible(**arguments):
+    if arguments["granularity"].of_tokens:
+        arguments |= {"parameterization": "beta_gamma", "fix_min": False}
+    arguments["full_range"] &= arguments["symmetric"]
     try:
         return QuantSpec(**arguments)
     except ValueError:
@@ -118,21 +209,30 @@ SPECS = st.builds(
         st.just(PerTensor()),
         st.builds(PerChannel, axis=AXES),
         st.builds(PerGroup, size=st.integers(1, 4096), axis=AXES),
+        st.builds(PerToken, group=st.none() | st.integers(1, 4096)),
     ),
     parameterization=st.sampled_from(["scale_offset", "min_max", "beta_gamma", "kscale_koffset"]),
     sigmoid=st.booleans(),
     dynamic=st.booleans(),
     fix_min=st.booleans(),
     eps=st.floats(1e-30, 1.0),
+    full_range=st.booleans(),
+    learn=st.booleans(),
 ).filter(lambda spec: spec is not None)
 OPTIONAL = st.none() | SPECS
+OF_WEIGHT = st.none() | SPECS.filter(lambda spec: not spec.granularity.of_tokens)
+# A colon stands between a kind and a name.
+NAMES = st.text(max_size=5).filter(lambda name: ":" not in name)
 CONFIGS = st.builds(
     QuantConfig,
-    weight=OPTIONAL,
+    weight=OF_WEIGHT,
     activation=OPTIONAL,
-    norm_weight=OPTIONAL,
-    overrides=st.dictionaries(st.text(max_size=5), OPTIONAL, max_size=3),
-    skip=st.lists(st.text(max_size=5), max_size=3),
+    norm_weight=OF_WEIGHT,
+    cache=OPTIONAL,
+    embedding=OF_WEIGHT | st.just("weight"),
+    head=OF_WEIGHT | st.just("weight"),
+    overrides=st.dictionaries(NAMES, OPTIONAL, max_size=3),
+    skip=st.lists(NAMES, max_size=3),
 )
 
 

@@ -5,7 +5,7 @@ from asymq.layers.embedding import QuantEmbedding
 from asymq.layers.layer import QuantLayer
 from asymq.layers.linear import QuantLinear, QuantLogits
 from asymq.layers.norm import QuantLayerNorm
-from asymq.layers.quantized import Quantized, QuantOutput
+from asymq.layers.quantized import Quantized, QuantOutput, quantized_parameters
 
 __all__ = [
     "QuantEmbedding",
@@ -16,5 +16,6 @@ __all__ = [
     "QuantOutput",
     "Quantized",
     "activation",
+    "quantized_parameters",
     "registry",
 ]

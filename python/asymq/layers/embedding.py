@@ -20,7 +20,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     float_class = nn.Embedding
     made_of = "nn.Embedding"
-    has_output = False
+    has_output = multiplies = False
 
     def __init__(self, *args, weight: QuantSpec | None = WEIGHT, **kwargs):
         nn.Embedding.__init__(self, *args, **kwargs)

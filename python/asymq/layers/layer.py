@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ class QuantLayer(Quantized):
     """A layer with a weight, whose float class is `float_class`."""
 
     sites = ("weight_quantizer", "input_quantizer", "output_quantizer")
+    kinds: ClassVar[Mapping[str, str]] = {"input_quantizer": "input"}
     public = True
     weight: Tensor
     weight_quantizer: WeightQuantizer | None
@@ -41,6 +43,8 @@ class QuantLayer(Quantized):
     reduction_axis: ClassVar[int] = -1
     # Whether the output is anything but the weight's own values.
     has_output: ClassVar[bool] = True
+    # Whether it multiplies its weight with an input whose last axis holds the channels.
+    multiplies: ClassVar[bool] = True
     # What from_float takes, in its error's words.
     made_of: ClassVar[str]
 
@@ -107,7 +111,8 @@ class QuantLayer(Quantized):
         def act(site: str, spec: QuantSpec | None, channels: int | None) -> QuantAct | None:
             if spec is None:
                 return None
-            return QuantAct.on_last_axis(spec, channels, f"{prefix}{site}", device)
+            kind = cls.kinds.get(site, "activation")
+            return QuantAct.on_last_axis(spec, channels, f"{prefix}{site}", device, kind)
 
         return {
             "weight_quantizer": (
@@ -177,6 +182,7 @@ class QuantNorm(QuantLayer):
 
     kind = "norm_weight"
     weight_quantizer_class = NormWeightQuantizer
+    multiplies = False
 
     @classmethod
     def from_float(

@@ -22,11 +22,13 @@ from asymq.quantizers import Quantizer, apply
 class Quantized(nn.Module):
     """A module with quantizers. Subclasses say which, and what a forward does with them.
 
-    sites: the attributes that hold its quantizers, None where a site has none.
+    sites: the attributes that hold its quantizers, None where a site has none. kinds: those of
+    activation quantizers that are not of kind "activation".
     float_class: the class it had, which `to_float` gives back.
     """
 
     sites: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[Mapping[str, str]] = {}
     float_class: ClassVar[type[nn.Module]]
     public: ClassVar[bool] = False
     # Of a class made at run time: what was put into its module, in that order.
@@ -37,6 +39,13 @@ class Quantized(nn.Module):
         """What the subclass of this and `float_class` gets where `float_class` is not the one whose
         forward this class knows: its own forward goes on, between the quantizers."""
         return {}
+
+    def quantized_parameters(self) -> Iterator[tuple[str, Quantizer]]:
+        """Names of the parameters that it reads through a quantizer, ``<name>_quantizer``."""
+        for site in self.sites:
+            name, quantizer = site.removesuffix("_quantizer"), getattr(self, site)
+            if quantizer is not None and self._parameters.get(name) is not None:
+                yield name, quantizer
 
     def to_float(self) -> nn.Module:
         """The float module that this one was made of, a new one with this one's parameters."""
@@ -65,6 +74,18 @@ class Quantized(nn.Module):
         if "_bases" not in vars(cls):
             return super().__reduce_ex__(protocol)
         return _rebuild, (_original(cls), cls._bases), self.__dict__.copy()
+
+
+def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, Quantizer, nn.Parameter]]:
+    """(name, quantizer, parameter) of every parameter that a module reads through a quantizer, one
+    that several read once for each."""
+    for name, module in model.named_modules():
+        for own, quantizer in (
+            module.quantized_parameters() if isinstance(module, Quantized) else ()
+        ):
+            parameter = module._parameters[own]
+            assert parameter is not None
+            yield f"{name}.{own}" if name else own, quantizer, parameter
 
 
 def put_in(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,23 @@ from torch import Tensor, nn
 
 from asymq.config import QuantConfig
 from asymq.layers import Quantized, QuantLayer, QuantOutput, registry
+from asymq.layers.embedding import QuantEmbedding
 from asymq.layers.layer import weight_of
 from asymq.layers.quantized import need_own_forward, put_in
 from asymq.quantizers import QuantAct, Quantizer, QuantSpec, WeightQuantizer, elements
+
+# Names of layers side by side that are fed one tensor: queries, keys and values; gate and up.
+_FED_ALIKE: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+# Of an attention whose queries come from elsewhere than its keys and values.
+_CROSS = re.compile("cross|encoder_attn|encdec", re.IGNORECASE)
 
 
 @dataclass
@@ -35,8 +50,10 @@ class Plan:
         self.config = config
         self.prefix = ""
         self._kinds: dict[str, str] = {}  # of all sites by name, skipped ones included
-        self._aliases: dict[str, str] = {}  # of shared weight quantizers, to their names
+        self._aliases: dict[str, str] = {}  # of shared quantizers, to their names
+        self._inputs: dict[str, QuantAct | None] = {}  # of inputs that several layers may be fed
         self._changes: dict[int, _Change] = {}  # by the module's identity
+        self._heads = set(_heads(root))
         self._device = next((p.device for p in root.parameters()), None)
 
     def below(self, name: str) -> Plan:
@@ -80,7 +97,49 @@ class Plan:
         self._kinds[f"{full}.weight_quantizer"] = base.kind
         output_spec = self._spec(f"{full}.output_quantizer", "activation") if output else None
         quantizers = base.make_quantizers(module, None, output_spec, name=full, device=self._device)
+        if base.multiplies and not self.has(module):
+            quantizers["input_quantizer"] = self._input(full, module, base)
         self._add(full, module, base, quantizers)
+
+    def _input(self, name: str, module: nn.Module, base: type[QuantLayer]) -> QuantAct | None:
+        """The quantizer of what a layer multiplies its weight with, one for all that are fed it."""
+        role = self._role(module, base)
+        if role is not None and self.config.of_role(role) is None:
+            return None
+        owner = self._first_fed(name)
+        site = f"{owner}.input_quantizer"
+        if site not in self._inputs:
+            channels = base.input_channels(module)
+            self._inputs[site] = self._activation(site, channels, "input")
+            return self._inputs[site]
+        quantizer = self._inputs[site]
+        self._aliases[f"{name}.input_quantizer"] = site
+        if quantizer is not None:
+            quantizer.users += 1
+        return quantizer
+
+    def _first_fed(self, name: str) -> str:
+        """The first of the layers beside the layer `name` that are fed the same tensor."""
+        parent, _, own = name.rpartition(".")
+        beside = self.root.get_submodule(parent)
+        for names in _FED_ALIKE:
+            if own not in names:
+                continue
+            if len(names) == 3 and (
+                _CROSS.search(parent.rpartition(".")[2]) or _CROSS.search(type(beside).__name__)
+            ):
+                names = names[1:] if own != names[0] else names[:1]
+            first = next(
+                other for other in names if isinstance(getattr(beside, other, None), nn.Module)
+            )
+            return f"{parent}.{first}" if parent else first
+        return name
+
+    def _role(self, module: nn.Module, base: type[Quantized]) -> str | None:
+        """What a layer is to a configuration (config.ROLES)."""
+        if id(module) in self._heads:
+            return "head"
+        return "embedding" if issubclass(base, QuantEmbedding) else None
 
     def output(self, name: str, channels: int | None) -> None:
         """Quantizes the output of the module `name`, a tensor whose last axis has `channels`."""
@@ -100,7 +159,7 @@ class Plan:
                 f"in which asymq cannot place {sites}; it knows that of {known.__name__}"
             )
         quantizers: dict[str, Quantizer | None] = {
-            site: self._activation(f"{full}.{site}" if full else site, size)
+            site: self._activation(f"{full}.{site}" if full else site, size, base.kinds.get(site))
             for site, size in channels.items()
         }
         self._add(full, module, base, quantizers)
@@ -123,9 +182,13 @@ class Plan:
         self._kinds[name] = kind
         return self.config.spec_of(name, kind)
 
-    def _activation(self, name: str, channels: int | None) -> QuantAct | None:
-        spec = self._spec(name, "activation")
-        return None if spec is None else QuantAct.on_last_axis(spec, channels, name, self._device)
+    def _activation(self, name: str, channels: int | None, kind: str | None) -> QuantAct | None:
+        if kind is None or (kind == "cache" and self.config.cache is None):
+            kind = "activation"
+        spec = self._spec(name, kind)
+        if spec is None:
+            return None
+        return QuantAct.on_last_axis(spec, channels, name, self._device, kind)
 
     def _add(self, name: str, module: nn.Module, base, quantizers) -> None:
         if not self.has(module):  # one module may serve under several names
@@ -152,16 +215,33 @@ class Plan:
                 continue
             owner = owners.setdefault(elements(weight), change)
             if owner is not change:
+                self._need_one_role(owner, change, base)
                 self._share(owner, change, base)
                 self._aliases[name] = f"{owner.name}.weight_quantizer"
                 del self._kinds[name]
                 continue
-            spec = self.config.spec_of(name, base.kind)
+            spec = self.config.spec_of(name, base.kind, self._role(change.module, base))
             if spec is not None:
                 places.need_all_quantized(f"{change.name}.weight", weight, quantized)
                 change.quantizers["weight_quantizer"] = base.make_weight_quantizer(
                     change.module, spec, f"{change.name}."
                 )
+
+    def _need_one_role(self, owner: _Change, change: _Change, base: type[QuantLayer]) -> None:
+        """ValueError where the configuration wants two things of one weight."""
+        if not base.kind == "weight" == self._kinds[f"{owner.name}.weight_quantizer"]:
+            return
+        roles = [self._role(c.module, c.base) for c in (owner, change)]
+        specs = [self.config.of_role(role) for role in roles]
+        if specs[0] != specs[1]:
+            wishes = [
+                f"{c.name}.weight ({role or 'weight'}: {spec})"
+                for c, role, spec in zip((owner, change), roles, specs, strict=True)
+            ]
+            raise ValueError(
+                f"asymq.prepare: {wishes[0]} and {wishes[1]} are one tensor, of which the "
+                "configuration wants two things: make them equal, or untie the weights"
+            )
 
     def _share(self, owner: _Change, change: _Change, base: type[QuantLayer]) -> None:
         """The quantizer of a weight's first user for another one."""
@@ -177,16 +257,16 @@ class Plan:
                 f"which a {type(owner.module).__name__} and a {type(change.module).__name__} want "
                 f"different ranges: untie them, or leave it out (skip {quantizer.name})"
             )
-        quantizer.shared = True
+        quantizer.users += 1
         change.quantizers["weight_quantizer"] = quantizer
 
     def check(self, allow_lookahead: bool) -> None:
         what, model = "asymq.prepare", type(self.root).__name__
         unmatched = self.config.unmatched(self._kinds)
         for alias, name in self._aliases.items():
-            if not set(unmatched) <= set(self.config.unmatched({alias: "weight"})):
+            if not set(unmatched) <= set(self.config.unmatched({alias: self._kinds[name]})):
                 raise ValueError(
-                    f"{what}: {alias} is {name}, since the weights are one tensor: name that"
+                    f"{what}: {alias} is {name}, since the {_thing(name)} is one tensor: name that"
                 )
         if unmatched:
             more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
@@ -196,12 +276,27 @@ class Plan:
             )
         if not any(self.quantizers):
             raise ValueError(f"{what}: the configuration leaves {model} no quantizer")
+        if self.config.cache is not None and "cache" not in self._kinds.values():
+            raise ValueError(
+                f"{what}: cache is given, but {model} has no attention whose keys and values asymq "
+                "can quantize: cache must be None"
+            )
         causal = any(getattr(m, "is_causal", False) for m in self.root.modules())
-        for quantizer in self.quantizers if causal and not allow_lookahead else ():
-            if quantizer.live and quantizer.kind == "activation":
+        for quantizer in self.quantizers:
+            if not quantizer.live or not isinstance(quantizer, QuantAct):
+                continue
+            of_tokens = quantizer.spec.granularity.of_tokens
+            if of_tokens and quantizer.name.endswith("scores_quantizer"):
+                raise ValueError(
+                    f"{what}: {quantizer.name} is PerToken: a row of scores spans the keys of "
+                    "later tokens, which would decide its range (allow_lookahead does not help): "
+                    "use PerTensor() there"
+                )
+            if causal and not of_tokens and not allow_lookahead:
                 raise ValueError(
                     f"{what}: {quantizer.name} is dynamic: its range sees the whole tensor, so "
-                    "every token sees later ones; allow_lookahead=True accepts that"
+                    "every token sees later tokens; PerToken() gives each its own range, "
+                    "allow_lookahead=True accepts it"
                 )
 
     def apply(self) -> None:
@@ -209,6 +304,19 @@ class Plan:
         for change in self._changes.values():
             if any(change.quantizers.values()) or not change.base.sites:
                 put_in(change.module, change.base, change.quantizers)
+
+
+def _heads(root: nn.Module) -> Iterator[int]:
+    """Identities of what makes the logits of language models, of a model and within it."""
+    for module in root.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if isinstance(head, nn.Module):
+            yield id(head)
+
+
+def _thing(quantizer: str) -> str:
+    return "weight" if quantizer.endswith("weight_quantizer") else "input"
 
 
 def is_adapter(module: nn.Module) -> bool:

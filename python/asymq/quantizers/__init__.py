@@ -2,7 +2,13 @@
 
 from asymq.quantizers.activation import QuantAct
 from asymq.quantizers.functions import use_functions
-from asymq.quantizers.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from asymq.quantizers.granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
 from asymq.quantizers.quantizer import (
     OBSERVING,
     OFF,
@@ -16,8 +22,9 @@ from asymq.quantizers.quantizer import (
     is_unobserved,
     named_quantizers,
 )
+from asymq.quantizers.sharing import sharing
 from asymq.quantizers.spec import PARAMETERIZATIONS, QuantSpec, split_parameterization
-from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elements, sharing
+from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elements
 
 __all__ = [
     "OBSERVING",
@@ -29,6 +36,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "QuantAct",
     "QuantSpec",
     "Quantizer",

@@ -28,6 +28,9 @@ class Granularity(ABC):
     """What the classes below have in common. `owner`, in all methods: whom an error names."""
 
     per: ClassVar[str]
+    # Whether every token of an activation has a range of its own, which the operator takes from it:
+    # the range tensors are factors that all tokens share.
+    of_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def of_weight(
@@ -52,6 +55,10 @@ class Granularity(ABC):
     @abstractmethod
     def __str__(self) -> str:
         """As `summary` prints it."""
+
+    def options(self) -> dict[str, Any]:
+        """What the operator needs to know beside the range tensors."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         return {"per": self.per, **asdict(self)}  # type: ignore[call-overload]
@@ -171,14 +178,10 @@ class PerGroup(_AlongAxis):
     per: ClassVar[str] = "group"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, Integral) or isinstance(self.size, bool) or self.size < 1:
-            raise ValueError(f"PerGroup: size must be an integer of at least 1, got {self.size!r}")
-        object.__setattr__(self, "size", int(self.size))
+        object.__setattr__(self, "size", _positive("PerGroup: size", self.size))
 
     def _count(self, owner: str, size: int) -> int:
-        if size % self.size:
-            raise ValueError(f"{owner}: groups of {self.size} do not divide an axis of {size}")
-        return size // self.size
+        return _groups(owner, self.size, size)
 
     def _sizes(self, shape: list[int], axis: int, count: int) -> list[int]:
         return [*shape[:axis], count, *shape[axis + 1 :]]
@@ -190,7 +193,60 @@ class PerGroup(_AlongAxis):
         return f"groups of {self.size}"
 
 
-_BY_NAME: dict[str, type[Granularity]] = {cls.per: cls for cls in (PerTensor, PerChannel, PerGroup)}
+@dataclass(frozen=True)
+class PerToken(Granularity):
+    """A range for each token of an activation, which is all but its last axis, or with ``group``
+    for each ``group`` consecutive elements of a token: the smallest to the largest element, zero
+    included, times learned factors that all tokens share.
+
+    Factors of shape [1], with a group [channels / group]. No token sees another.
+    """
+
+    group: int | None = None
+    per: ClassVar[str] = "token"
+    of_tokens: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            object.__setattr__(self, "group", _positive("PerToken: group", self.group))
+
+    def of_weight(
+        self, owner: str, shape: Sequence[int], channel_axis: int, reduction_axis: int
+    ) -> torch.Size:
+        raise ValueError(f"{owner}: a weight has no tokens: use PerChannel() or PerGroup(size)")
+
+    def of_activation(self, owner: str, channels: int | None) -> torch.Size:
+        if self.group is None:
+            return _ONE
+        if channels is None:
+            raise ValueError(f"{owner}: {self!r} needs a last axis of known size (channels)")
+        return torch.Size([_groups(owner, self.group, channels)])
+
+    def on_activation(self, owner: Labelled, x: torch.Tensor, channels: int | None) -> torch.Size:
+        """That of the factors: the operator itself places them."""
+        if self.group is None:
+            return _ONE
+        assert channels is not None
+        if x.dim() == 0 or x.shape[-1] != channels:
+            raise RuntimeError(
+                f"{owner.label}: the last axis of the activation must have {channels} channels, "
+                f"got shape {list(x.shape)}"
+            )
+        return torch.Size([channels // self.group])
+
+    def need_last_axis(self, owner: str) -> None:
+        pass
+
+    def options(self) -> dict[str, Any]:
+        return {"group": self.group}
+
+    def __str__(self) -> str:
+        return "per token" if self.group is None else f"per token, groups of {self.group}"
+
+
+_BY_NAME: dict[str, type[Granularity]] = {
+    cls.per: cls for cls in (PerTensor, PerChannel, PerGroup, PerToken)
+}
 
 
 def granularity_from_dict(values: Mapping[str, Any]) -> Granularity:
@@ -204,6 +260,18 @@ def granularity_from_dict(values: Mapping[str, Any]) -> Granularity:
         return _BY_NAME[per](**arguments)
     except TypeError as error:
         raise ValueError(f"QuantSpec: granularity per {per}: {error}") from None
+
+
+def _positive(what: str, size: Any) -> int:
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{what} must be an integer of at least 1, got {size!r}")
+    return int(size)
+
+
+def _groups(owner: str, size: int, axis: int) -> int:
+    if axis % size:
+        raise ValueError(f"{owner}: groups of {size} do not divide an axis of {axis}")
+    return axis // size
 
 
 def _in_range(owner: str, axis: int, dims: int) -> int:

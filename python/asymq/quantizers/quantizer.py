@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from asymq import ops
 from asymq.quantizers import functions
+from asymq.quantizers.sharing import once
 from asymq.quantizers.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Quantizer(nn.Module):
         self._state = QUANTIZING
         # Whether a forward has come here: what none does is calibrated and learned for nothing.
         self.reached = False
+        # How many modules give it one and the same tensor: one forward quantizes that once.
+        self.users = 1
         self._observed: tuple[Tensor, Tensor] | None = None
         # The prefix under which a state has it last, by which its other names know that.
         self._written_as: str | None = None
@@ -76,22 +79,27 @@ class Quantizer(nn.Module):
         self.calibrated = False
         # Of the call of the operator, made once: it is made for every tensor.
         self._arguments = spec.learnable if self.live else spec.learnable + spec.constant
-        self._options = {"bits": spec.bits, "eps": spec.eps}
-        if spec.sigmoid:
-            self._options["sigmoid"] = True
+        self._options: dict[str, Any] = {"bits": spec.bits, "eps": spec.eps}
+        self._options |= spec.granularity.options()
+        for option in ("sigmoid", "full_range"):
+            if getattr(spec, option):
+                self._options[option] = True
 
         def empty():
             return torch.full(shape, math.nan, dtype=self.range_dtype, device=device)
 
         for name in self.learned:
-            self.register_parameter(name, nn.Parameter(empty()))
+            self.register_parameter(name, nn.Parameter(empty(), requires_grad=spec.learn))
             self.register_buffer(f"initial_{name}", empty())
         for name in self.constants:
             self.register_buffer(name, empty())
         if self.live:
-            # Only the factors are known, and known at once.
-            one = torch.ones(shape, dtype=self.range_dtype, device=device)
-            self.set_range(-one, one)
+            self.set_factors()
+
+    def set_factors(self) -> None:
+        """First values of a live range, of which only the factors are known, and known at once."""
+        one = torch.ones(self.range_shape, dtype=self.range_dtype, device=self.device)
+        self.set_range(-one, one)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -123,7 +131,13 @@ class Quantizer(nn.Module):
         self.need_whole()
         spec = self.spec
         first = torch.ops.asymq.parameters_of_range(
-            spec.parameterization, low, high, spec.bits, spec.symmetric, spec.sigmoid
+            spec.parameterization,
+            low,
+            high,
+            spec.bits,
+            spec.symmetric,
+            spec.sigmoid,
+            *([True] if spec.full_range else []),
         )
         values = {"min": low, "max": high} | dict(zip(spec.learnable, first, strict=True))
         for name in (*self.learned, *self.constants):
@@ -161,9 +175,10 @@ class Quantizer(nn.Module):
         return not bool(without_width.all())
 
     def arguments(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The range tensors as the operator takes them. Those of a live range come from x."""
+        """The range tensors as the operator takes them. Those of a live range come from x, unless
+        the operator takes them from there itself."""
         tensors = [getattr(self, name) for name in self._arguments]
-        if not self.live:
+        if not self.live or self.spec.granularity.of_tokens:
             return tuple(tensors)
         assert x is not None
         low, high = self.extrema(x.detach())
@@ -184,6 +199,7 @@ class Quantizer(nn.Module):
             spec.symmetric,
             spec.sigmoid,
             spec.eps,
+            *([True] if spec.full_range else []),
         )
 
     def shape_on(self, x: Tensor) -> torch.Size:
@@ -213,21 +229,20 @@ class Quantizer(nn.Module):
         return ops.effective_scale_offset(
             self.spec.parameterization,
             *self.arguments(),
-            bits=self.spec.bits,
             symmetric=self.spec.symmetric,
-            sigmoid=self.spec.sigmoid,
-            eps=self.spec.eps,
+            **self._options,
         )
 
     @torch.no_grad()
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The ends of the grid of a stored range, s·n and s·p, in float64."""
         scale, offset = self.scale_offset()
-        k, scale = self.spec.steps, scale.double()
+        scale = scale.double()
         if offset is None:
-            return -scale * ((k - 1) / 2), scale * ((k - 1) / 2)
+            lowest, highest = self.spec.codes
+            return scale * lowest, scale * highest
         n = offset.double().round()
-        return scale * n, scale * (n + k)
+        return scale * n, scale * (n + self.spec.steps)
 
     def collapsed(self) -> Tensor | None:
         """Where the raw scale is at or below eps, so that the guard holds it; None: there is no
@@ -239,7 +254,8 @@ class Quantizer(nn.Module):
     def describe_range(self) -> str:
         """The present range in a few characters: its ends, or the extreme ends of all ranges."""
         if self.live:
-            return "dynamic range"
+            factors = (f"{name} {_spread(getattr(self, name))}" for name in self.learned)
+            return ", ".join(["dynamic range", *factors])
         if not self.calibrated:
             return "uncalibrated"
         low, high = self.bounds()
@@ -275,8 +291,9 @@ class Quantizer(nn.Module):
             return
         low, high = bounds
         if spec.symmetric:
-            # The grid ends at s·(k - 1)/2, the range at s·k/2.
-            high = high * (spec.steps / (spec.steps - 1))
+            # The grid ends at s·p, the range at s·k/2, in full range at -s·n.
+            lowest, highest = spec.codes
+            high = high * ((-lowest if spec.full_range else spec.steps / 2) / highest)
             low = -high
         elif bool(((low > 0) | (high < 0)).any()):
             warnings.warn(
@@ -310,6 +327,9 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._state == QUANTIZING:
+            if self.users > 1:
+                ranges = list(self.range_tensors().values())
+                return once(self, self.uses, x, ranges, self.fake_quantize)
             return self.fake_quantize(x)
         if not self.reached:
             self._reach()
@@ -328,6 +348,11 @@ class Quantizer(nn.Module):
             ranges = tuple(tensor.view(shape) for tensor in ranges)
         function = getattr(functions.namespace(), self.spec.function)
         return function(x, *ranges, **self._options)
+
+    @property
+    def uses(self) -> float:
+        """How often a forward needs the same result, which is kept so long."""
+        return self.users
 
     @property
     def fusible(self) -> bool:
@@ -449,6 +474,14 @@ class Quantizer(nn.Module):
             return
         self._written_as = prefix
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def _spread(values: Tensor) -> str:
+    """One value, or the least and the largest, in a few characters."""
+    if values.is_meta:
+        return "without a value"
+    low, high = (f"{end.item():.4g}" for end in torch.aminmax(values.detach()))
+    return low if low == high else f"{low} to {high}"
 
 
 def _decode(state: Tensor, label: str) -> dict:

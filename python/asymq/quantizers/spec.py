@@ -27,6 +27,7 @@ _LEARNABLE = {
     ("min_max", True): ("max",),
     ("beta_gamma", True): ("gamma",),
 }
+_NOT_IN_0_1 = ("full_range", "learn")
 PARAMETERIZATIONS = tuple(name for name, symmetric in _LEARNABLE if not symmetric)
 
 
@@ -84,7 +85,11 @@ class QuantSpec(Json):
     (beta_gamma alone): the factors are σ(β) and σ(γ). dynamic (beta_gamma alone): θmin and θmax are
     the live minimum and maximum of the whole tensor, in a causal model of later tokens too. fix_min
     (min_max and beta_gamma, asymmetric): the lower end does not learn, for one-sided data. eps: the
-    least effective scale.
+    least effective scale. full_range (symmetric alone): the grid has one more step below zero,
+    codes -(k + 1)/2 to (k - 1)/2, such as -8 to 7 of INT4. learn: whether the range is learned;
+    False: its parameters require no gradient.
+
+    PerToken granularity makes a range dynamic: it belongs to asymmetric or symmetric beta_gamma.
     """
 
     bits: int = 8
@@ -95,6 +100,8 @@ class QuantSpec(Json):
     dynamic: bool = False
     fix_min: bool = False
     eps: float = 1e-8
+    full_range: bool = False
+    learn: bool = True
 
     def __post_init__(self) -> None:
         def need(holds, what):
@@ -109,12 +116,12 @@ class QuantSpec(Json):
             f"bits must be an integer from 2 to 16, got {self.bits!r}",
         )
         object.__setattr__(self, "bits", int(self.bits))  # numpy's integers, too
-        for option in ("symmetric", "sigmoid", "dynamic", "fix_min"):
+        for option in ("symmetric", "sigmoid", "dynamic", "fix_min", "full_range", "learn"):
             value = getattr(self, option)
             need(isinstance(value, bool), f"{option} must be True or False, got {value!r}")
         need(
             isinstance(self.granularity, Granularity),
-            f"granularity must be PerTensor(), PerChannel() or PerGroup(size), got "
+            "granularity must be PerTensor(), PerChannel(), PerGroup(size) or PerToken(), got "
             f"{self.granularity!r}",
         )
         need(
@@ -127,6 +134,14 @@ class QuantSpec(Json):
             f"{name} has no symmetric counterpart; symmetric needs scale_offset, min_max or "
             "beta_gamma",
         )
+        if self.granularity.of_tokens:
+            need(
+                name == "beta_gamma",
+                f"PerToken() belongs to beta_gamma, got parameterization {name!r}: a token's range "
+                "is its own, and what is learned are factors",
+            )
+            need(not self.fix_min, "PerToken() learns both factors: fix_min must be False")
+            object.__setattr__(self, "dynamic", True)
         for option in ("sigmoid", "dynamic"):
             need(
                 not getattr(self, option) or name == "beta_gamma",
@@ -136,6 +151,10 @@ class QuantSpec(Json):
             not self.fix_min or (name in ("min_max", "beta_gamma") and not self.symmetric),
             f"fix_min belongs to asymmetric min_max and beta_gamma, got parameterization {name!r}"
             + (", symmetric" if self.symmetric else ""),
+        )
+        need(
+            not self.full_range or self.symmetric,
+            "full_range belongs to symmetric quantizers: an asymmetric grid has no code to spare",
         )
         need(
             isinstance(self.eps, Real) and 0 < self.eps < math.inf,
@@ -163,15 +182,25 @@ class QuantSpec(Json):
     def function(self) -> str:
         """The function of :mod:`asymq.ops` that evaluates this quantizer."""
         name = f"symmetric_{self.learnable[-1]}" if self.symmetric else self.parameterization
-        return f"fake_quantize_{name}"
+        return f"fake_quantize_{'dynamic_' if self.granularity.of_tokens else ''}{name}"
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The ends n and p of a symmetric grid."""
+        k = self.steps
+        return -((k + 1) // 2 if self.full_range else (k - 1) // 2), (k - 1) // 2
 
     @property
     def options(self) -> list[str]:
         """The names of the options that are on."""
-        return [name for name in ("sigmoid", "dynamic", "fix_min") if getattr(self, name)]
+        names = ("sigmoid", "dynamic", "fix_min", "full_range")
+        return [n for n in names if getattr(self, n)] + ([] if self.learn else ["not learned"])
 
     def replace(self, **changes) -> QuantSpec:
-        """This quantizer with other fields, such as ``spec.replace(bits=3)``."""
+        """This quantizer with other fields, such as ``spec.replace(bits=3)``. One that is dynamic
+        for its tokens' sake is not so with another granularity."""
+        if self.granularity.of_tokens and "granularity" in changes:
+            changes.setdefault("dynamic", False)
         return dataclasses.replace(self, **self._known(changes))
 
     def with_parameterization(self, name: str) -> QuantSpec:
@@ -185,6 +214,10 @@ class QuantSpec(Json):
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in _NOT_IN_0_1:
+            # A state keeps the size that it has in version 0.1, which reads it.
+            if values[name] == getattr(type(self), name):
+                del values[name]
         return values | {"granularity": self.granularity.to_dict()}
 
     @classmethod

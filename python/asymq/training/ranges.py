@@ -19,11 +19,14 @@ def _ranges(model: nn.Module) -> list[nn.Parameter]:
 
 def range_parameters(model: nn.Module, lr: float | None = None) -> list[dict]:
     """The learned ranges of a model as a list of optimizer parameter groups, without weight decay,
-    which would shrink the ranges. lr: their learning rate, None: the optimizer's own.
+    which would shrink the ranges; those of specs with learn=False are left out. lr: their learning
+    rate, None: the optimizer's own.
 
     ValueError: the model has none.
     """
-    parameters = _ranges(model)
+    parameters = [
+        p for _, q in named_quantizers(model) if q.spec.learn for p in q.parameters(recurse=False)
+    ]
     if not parameters:
         raise ValueError("asymq.range_parameters: the model has no quantizers with learned ranges")
     group = {"params": parameters, "weight_decay": 0.0}
@@ -31,7 +34,7 @@ def range_parameters(model: nn.Module, lr: float | None = None) -> list[dict]:
 
 
 def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters of a model but its learned ranges, for groups that decay, or an optimizer of
+    """All parameters of a model but its ranges, for groups that decay, or an optimizer of
     matrices such as Muon (which would take ranges of [out, 1] for matrices)."""
     ranges = {id(p) for p in _ranges(model)}
     return [p for p in model.parameters() if id(p) not in ranges]

@@ -1,0 +1,69 @@
+"""One result for several users of a quantizer, within one forward of a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_thread = threading.local()
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """One forward of a model in this thread, within which a quantizer with several users quantizes
+    what they all give it once. Nothing outlives it."""
+    if getattr(_thread, "results", None) is not None:
+        yield
+        return
+    _thread.results = {}
+    try:
+        yield
+    finally:
+        _thread.results = None
+
+
+def results() -> dict[Any, Any] | None:
+    """What quantizers with several users keep for the rest of this thread's forward; None: there is
+    none, or a compiler merges equal operations by itself."""
+    return None if torch.compiler.is_compiling() else getattr(_thread, "results", None)
+
+
+def once(
+    owner: object,
+    uses: float,
+    x: Tensor,
+    ranges: list[Tensor],
+    quantize: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """quantize(x), computed for the first of `uses` with the same x under the same circumstances,
+    and kept until the last of them."""
+    kept = results()
+    if kept is None:
+        return quantize(x)
+    key = (id(owner), id(x), *(_version(t) for t in (x, *ranges)), *_circumstances())
+    # Beside x, which must live as long as its identity stands for it.
+    result, _, left = kept.pop(key, None) or (quantize(x), x, uses)
+    if left > 1:
+        kept[key] = result, x, left - 1
+    return result
+
+
+def _circumstances() -> tuple:
+    """What a result depends on beside x and the range: a graph is recorded or not, a checkpointed
+    region keeps what it computes in its own way, a backward computes it again."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        torch._C._current_graph_task_id(),
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes with the tensor, except in inference mode, where nothing can be trained."""
+    return 0 if tensor.is_inference() else tensor._version
