@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from asymq.layers import quantized_parameters
 from asymq.quantizers import QuantAct, Quantizer, elements, named_quantizers
 
 _TITLES = ("name", "kind", "bits", "granularity", "parameterization", "range", "collapsed")
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+_INDEX = re.compile(r"(?<![^. ])\d+(?=\.)")
 
 
 def summary(model: nn.Module) -> str:
@@ -53,16 +53,18 @@ def _collapsed(quantizer: Quantizer) -> str:
     return f"{count} of {collapsed.numel()}" if count else "no"
 
 
-def _shared(model: nn.Module) -> Iterator[str]:
+def _shared(model: nn.Module) -> list[str]:
     """The other names of quantizers that serve several layers."""
     names: defaultdict[Quantizer, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Quantizer):
             names[module].append(name)
-    for quantizer, (first, *others) in names.items():
-        if others:
-            what = "input" if isinstance(quantizer, QuantAct) else "weight"
-            yield f"{first}: one {what} with {', '.join(others)}"
+    return _alike(
+        f"{first}: one {'input' if isinstance(quantizer, QuantAct) else 'weight'} with "
+        + ", ".join(others)
+        for quantizer, (first, *others) in names.items()
+        if others
+    )
 
 
 def _float(model: nn.Module) -> Iterator[str]:
@@ -78,9 +80,13 @@ def _float(model: nn.Module) -> Iterator[str]:
     count = sum(count for _, count in left)
     if not left:
         return
-    alike: defaultdict[str, list[str]] = defaultdict(list)
-    for name, _ in left:
-        alike[_INDEX.sub("*", name)].append(name)
-    names = (same[0] if len(same) == 1 else pattern for pattern, same in alike.items())
     share = f"{count:,} of {total:,} parameters ({count / total:.2%})"
-    yield f"not quantized: {share}: {', '.join(names)}"
+    yield f"not quantized: {share}: {', '.join(_alike(name for name, _ in left))}"
+
+
+def _alike(lines: Iterable[str]) -> list[str]:
+    """Lines with names, those that differ by the indices of layers alone once, with * for them."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        alike[_INDEX.sub("*", line)].append(line)
+    return [same[0] if len(same) == 1 else pattern for pattern, same in alike.items()]

@@ -120,7 +120,8 @@ class Plan:
 
     def _first_fed(self, name: str) -> str:
         """The first of the layers beside the layer `name` that are fed the same tensor."""
-        parent, _, own = name.rpartition(".")
+        # Adapters hand what they are given to the layer within.
+        parent, _, own = name.removesuffix(".base_layer").rpartition(".")
         beside = self.root.get_submodule(parent)
         for names in _FED_ALIKE:
             if own not in names:
@@ -128,11 +129,11 @@ class Plan:
             if len(names) == 3 and (
                 _CROSS.search(parent.rpartition(".")[2]) or _CROSS.search(type(beside).__name__)
             ):
-                names = names[1:] if own != names[0] else names[:1]
-            first = next(
-                other for other in names if isinstance(getattr(beside, other, None), nn.Module)
-            )
-            return f"{parent}.{first}" if parent else first
+                names = names[:1] if own == names[0] else names[1:]
+            modules = dict(beside.named_children())
+            first = next(other for other in names if other in modules)
+            within = ".base_layer" if is_adapter(modules[first]) else ""
+            return f"{parent}.{first}{within}" if parent else f"{first}{within}"
         return name
 
     def _role(self, module: nn.Module, base: type[Quantized]) -> str | None:
