@@ -57,7 +57,7 @@ TORCH_LIBRARY(asymq, m) {
       "bool symmetric=False, bool sigmoid=False, bool full_range=False) -> Tensor[]");
   define(
       "range_of_extrema(Tensor min, Tensor max, int bits, bool symmetric=False, "
-      "bool force_zero=True, float fallback=1.0, float eps=1e-8) -> "
+      "bool force_zero=True, float fallback=1.0, float eps=1e-8, bool full_range=False) -> "
       "(Tensor min, Tensor max, Tensor without_width)");
 
   define(
@@ -78,6 +78,9 @@ TORCH_LIBRARY(asymq, m) {
   define("_fake_quantize_backward(Tensor grad, Tensor x, " + granular_quantizer_schema() +
          ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
   define("_fake_quantize_dynamic(Tensor x, " + live_quantizer_schema() + ") -> Tensor");
+  define(
+      "_fake_quantize_live(Tensor x, Tensor first, Tensor? second, int? group, int bits, "
+      "bool sigmoid=False, bool full_range=False, float eps=1e-8) -> Tensor");
   define("_fake_quantize_dynamic_backward(Tensor grad, Tensor x, " + live_quantizer_schema() +
          ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
   // statistics: of each row the largest masked score and the sum of exponentials.
