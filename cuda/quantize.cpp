@@ -9,8 +9,8 @@ namespace asymq::cuda {
 namespace {
 
 at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
-                    int64_t bits, double eps) {
-  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps);
+                    int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps, full_range);
   const c10::cuda::CUDAGuard guard(x.device());
   at::Tensor codes = at::empty_like(x, x.options().dtype(code_dtype(bits, is_symmetric(kind))));
   if (x.numel() == 0) return codes;
@@ -30,8 +30,8 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const Optional
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                      const OptionalTensor& offset, int64_t bits, double eps) {
-  const QuantizerKind kind = check_dequantize(codes, scale, offset, bits, eps);
+                      const OptionalTensor& offset, int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_dequantize(codes, scale, offset, bits, eps, full_range);
   const c10::cuda::CUDAGuard guard(codes.device());
   at::Tensor out = at::empty_like(codes, codes.options().dtype(scale.scalar_type()));
   if (codes.numel() == 0) return out;

@@ -15,6 +15,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu/blocks.h"
 #include "cpu/common.h"
 #include "cpu/vector_loops.h"
 #include "ops/effective_scale_offset.h"
@@ -30,8 +31,6 @@ using detail::Layout;
 using detail::RangePointers;
 
 constexpr int64_t kEnoughTasks = 64;  // to keep any number of threads busy
-constexpr int64_t kBlock = 512;       // elements that pass through buffers at a time
-static_assert(kBlock <= cpu::kMaxRun);
 
 /// Offsets, in elements, of one place of the loops.
 struct Position {
@@ -143,39 +142,6 @@ class GridTable {
   std::unique_ptr<T[]> values_;
 };
 
-/// loop(x, out, first, n) over blocks of contiguous elements, in the compute type.
-template <class S, class Loop>
-void forward_blocks(const S* x, S* out, int64_t n, const Loop& loop) {
-  if constexpr (std::is_same_v<S, Compute<S>>) {
-    loop(x, out, 0, n);
-  } else {
-    float buffer[kBlock];
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t size = std::min(kBlock, n - first);
-      cpu::widen(x + first, buffer, size);
-      loop(buffer, buffer, first, size);
-      cpu::narrow(buffer, out + first, size);
-    }
-  }
-}
-
-/// loop(grad, x, dx, first, n) over blocks of contiguous elements, in the compute type.
-template <class S, class Loop>
-void backward_blocks(const S* grad, const S* x, S* dx, int64_t n, const Loop& loop) {
-  for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t size = std::min(kBlock, n - first);
-    if constexpr (std::is_same_v<S, Compute<S>>) {
-      loop(grad + first, x + first, dx ? dx + first : nullptr, first, size);
-    } else {
-      float grad_buffer[kBlock], x_buffer[kBlock];
-      cpu::widen(grad + first, grad_buffer, size);
-      cpu::widen(x + first, x_buffer, size);
-      loop(grad_buffer, x_buffer, dx ? x_buffer : nullptr, first, size);
-      if (dx) cpu::narrow(x_buffer, dx + first, size);
-    }
-  }
-}
-
 template <class S>
 void forward_plane(const S* x, S* out, const GridTable<Compute<S>>& grids, const Dim& rows,
                    const Dim& columns, const Position& plane) {
@@ -185,14 +151,14 @@ void forward_plane(const S* x, S* out, const GridTable<Compute<S>>& grids, const
     const Position start = plane.advanced(rows, row);
     if (contiguous && columns.range_stride == 0) {
       const Grid<T> grid = grids[start.range];
-      forward_blocks(
+      cpu::forward_blocks(
           x + start.x, out + start.out, columns.size,
           [&](const T* from, T* to, int64_t, int64_t n) { cpu::forward_run(from, to, n, grid); });
     } else if (contiguous && columns.range_stride == 1) {
-      forward_blocks(x + start.x, out + start.out, columns.size,
-                     [&](const T* from, T* to, int64_t first, int64_t n) {
-                       cpu::forward_row(from, to, n, grids.from(start.range + first));
-                     });
+      cpu::forward_blocks(x + start.x, out + start.out, columns.size,
+                          [&](const T* from, T* to, int64_t first, int64_t n) {
+                            cpu::forward_row(from, to, n, grids.from(start.range + first));
+                          });
     } else {
       for (int64_t column = 0; column < columns.size; ++column) {
         const Position at = start.advanced(columns, column);
@@ -216,16 +182,16 @@ struct Backward {
 
   void run(const Position& start, int64_t n, Sums<double>* sums) const {
     const Grid<T> grid = grids[start.range];
-    backward_blocks(grad + start.out, x + start.x, dx_at(start), n,
-                    [&](const T* g, const T* from, T* to, int64_t, int64_t size) {
-                      cpu::backward_run(g, from, to, size, grid, sums);
-                    });
+    cpu::backward_blocks(grad + start.out, x + start.x, dx_at(start), n,
+                         [&](const T* g, const T* from, T* to, int64_t, int64_t size) {
+                           cpu::backward_run(g, from, to, size, grid, sums);
+                         });
   }
 
-  /// Rows of adjacent ranges, at most kTermsPerSum of them, n <= kBlock columns.
+  /// Rows of adjacent ranges, at most kTermsPerSum of them, n <= cpu::kBlock columns.
   void columns(const Dim& rows, int64_t row_count, const Position& start, int64_t n,
                Sums<double>* sums) const {
-    T inside[kBlock], below[kBlock], above[kBlock];
+    T inside[cpu::kBlock], below[cpu::kBlock], above[cpu::kBlock];
     cpu::SumColumns<T> partial{nullptr, nullptr, nullptr};
     if (sums != nullptr) {
       partial = {inside, below, above};
@@ -233,10 +199,10 @@ struct Backward {
     }
     for (int64_t row = 0; row < row_count; ++row) {
       const Position at = start.advanced(rows, row);
-      backward_blocks(grad + at.out, x + at.x, dx_at(at), n,
-                      [&](const T* g, const T* from, T* to, int64_t, int64_t size) {
-                        cpu::backward_row(g, from, to, size, grids.from(at.range), partial);
-                      });
+      cpu::backward_blocks(grad + at.out, x + at.x, dx_at(at), n,
+                           [&](const T* g, const T* from, T* to, int64_t, int64_t size) {
+                             cpu::backward_row(g, from, to, size, grids.from(at.range), partial);
+                           });
     }
     for (int64_t i = 0; sums != nullptr && i < n; ++i) {
       sums[i].inside += inside[i];
@@ -266,10 +232,10 @@ struct Backward {
     if (contiguous && cols.range_stride == 1) {
       const int64_t together = rows.range_stride == 0 ? cpu::kTermsPerSum : 1;
       for (int64_t row = 0; row < rows.size; row += together) {
-        for (int64_t column = 0; column < cols.size; column += kBlock) {
+        for (int64_t column = 0; column < cols.size; column += cpu::kBlock) {
           const Position start = plane.advanced(rows, row).advanced(cols, column);
           columns(rows, std::min(together, rows.size - row), start,
-                  std::min(kBlock, cols.size - column), sums_at(start));
+                  std::min(cpu::kBlock, cols.size - column), sums_at(start));
         }
       }
       return;
@@ -387,8 +353,8 @@ void dispatch_codes(const at::Tensor& codes, const Body& body) {
 }
 
 at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
-                        int64_t bits, double eps) {
-  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps);
+                        int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps, full_range);
   const bool symmetric = is_symmetric(kind);
   const Layout layout = make_layout(x, scale.sizes());
   const ContiguousRanges ranges({scale, offset, {}, {}});
@@ -411,8 +377,8 @@ at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const Opti
 }
 
 at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
-                          const OptionalTensor& offset, int64_t bits, double eps) {
-  const QuantizerKind kind = check_dequantize(codes, scale, offset, bits, eps);
+                          const OptionalTensor& offset, int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_dequantize(codes, scale, offset, bits, eps, full_range);
   const Layout layout = make_layout(codes, scale.sizes());
   const ContiguousRanges ranges({scale, offset, {}, {}});
   at::Tensor out = at::empty_like(codes, codes.options().dtype(scale.scalar_type()));

@@ -103,6 +103,35 @@ ASYMQ_HOST_DEVICE void backward_row_select(const T* grad, const T* x, T* dx, int
   }
 }
 
+/// Lanes enough to hide the latency of comparisons.
+constexpr int64_t kExtremaLanes = 64;
+
+template <class T>
+ASYMQ_HOST_DEVICE Extrema<T> extrema_run_impl(const T* x, int64_t n) {
+  const T first = x[0];
+  T low[kExtremaLanes], high[kExtremaLanes], nan[kExtremaLanes];
+  for (int64_t lane = 0; lane < kExtremaLanes; ++lane) low[lane] = high[lane] = nan[lane] = first;
+  // Comparisons pass over a NaN, so that it is kept apart.
+  const auto see = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+    low[lane] = x[i] < low[lane] ? x[i] : low[lane];
+    high[lane] = x[i] > high[lane] ? x[i] : high[lane];
+    nan[lane] = x[i] == x[i] ? nan[lane] : x[i];
+  };
+  int64_t i = 0;
+  for (; i + kExtremaLanes <= n; i += kExtremaLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kExtremaLanes; ++lane) see(i + lane, lane);
+  }
+  for (int64_t lane = 0; i + lane < n; ++lane) see(i + lane, lane);
+  Extrema<T> all{first, first};
+  for (int64_t lane = 0; lane < kExtremaLanes; ++lane) {
+    all.min = low[lane] < all.min ? low[lane] : all.min;
+    all.max = high[lane] > all.max ? high[lane] : all.max;
+    if (nan[lane] != nan[lane]) return {nan[lane], nan[lane]};
+  }
+  return all;
+}
+
 template <class Half>
 const uint16_t* bits(const Half* values) {
   return reinterpret_cast<const uint16_t*>(values);
@@ -158,6 +187,14 @@ ASYMQ_CPU_DISPATCH void backward_row(const float* grad, const float* x, float* d
 ASYMQ_CPU_DISPATCH void backward_row(const double* grad, const double* x, double* dx, int64_t n,
                                      GridColumns<double> grids, SumColumns<double> sums) {
   backward_row_select(grad, x, dx, n, grids, sums);
+}
+
+ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const float* x, int64_t n) {
+  return extrema_run_impl(x, n);
+}
+
+ASYMQ_CPU_DISPATCH Extrema<double> extrema_run(const double* x, int64_t n) {
+  return extrema_run_impl(x, n);
 }
 
 ASYMQ_CPU_DISPATCH void widen(const c10::BFloat16* from, float* to, int64_t n) {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "asymq/parameterization.h"
+#include "asymq/live_range.h"
 
 namespace asymq::cpu {
 
@@ -57,6 +57,10 @@ void backward_row(const float* grad, const float* x, float* dx, int64_t n, GridC
                   SumColumns<float> sums);
 void backward_row(const double* grad, const double* x, double* dx, int64_t n,
                   GridColumns<double> grids, SumColumns<double> sums);
+
+/// The extrema of n > 0 elements.
+Extrema<float> extrema_run(const float* x, int64_t n);
+Extrema<double> extrema_run(const double* x, int64_t n);
 
 void widen(const c10::BFloat16* from, float* to, int64_t n);
 void widen(const c10::Half* from, float* to, int64_t n);

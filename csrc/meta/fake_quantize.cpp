@@ -29,14 +29,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_meta(
 }
 
 at::Tensor quantize_meta(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
-                         int64_t bits, double eps) {
-  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps);
+                         int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps, full_range);
   return at::empty_like(x, x.options().dtype(code_dtype(bits, is_symmetric(kind))));
 }
 
 at::Tensor dequantize_meta(const at::Tensor& codes, const at::Tensor& scale,
-                           const OptionalTensor& offset, int64_t bits, double eps) {
-  check_dequantize(codes, scale, offset, bits, eps);
+                           const OptionalTensor& offset, int64_t bits, double eps,
+                           bool full_range) {
+  check_dequantize(codes, scale, offset, bits, eps, full_range);
   return at::empty_like(codes, codes.options().dtype(scale.scalar_type()));
 }
 

@@ -46,6 +46,11 @@ void QuantLinearImpl::register_all(const torch::nn::Linear& linear) {
     registered->to(weight.device());
     return registered;
   };
+  TORCH_CHECK(
+      !options.weight() || !std::holds_alternative<PerToken>(options.weight()->granularity()),
+      "asymq::nn::QuantLinear: a weight has no tokens: PerToken is a granularity of "
+      "activations, got it for the weight of QuantLinear(",
+      in, ", ", out, ")");
   weight_quantizer = quantizer("weight_quantizer", options.weight(), {out, in});
   output_quantizer = quantizer("output_quantizer", options.output(), {out});
 }

@@ -11,6 +11,7 @@
 #include "asymq/nn.h"
 #include "asymq/parameterization.h"
 #include "ops/fake_quantize.h"
+#include "ops/fake_quantize_dynamic.h"
 
 namespace asymq::nn {
 namespace {
@@ -38,7 +39,15 @@ int64_t checked_parameterization(const QuantizerOptions& options) {
                   (!options.symmetric() && (family == "min_max" || family == "beta_gamma")),
               name, ": fix_min needs asymmetric min_max or beta_gamma, got ",
               options.symmetric() ? "symmetric " : "", family);
-  return find_parameterization(family, options.symmetric(), options.sigmoid());
+  TORCH_CHECK(!options.full_range() || options.symmetric(), name, ": full_range needs symmetric");
+  if (std::holds_alternative<PerToken>(options.granularity())) {
+    TORCH_CHECK(family == "beta_gamma", name,
+                ": PerToken needs the parameterization beta_gamma, got ", family);
+    TORCH_CHECK(!options.fix_min(), name,
+                ": PerToken has no minimum to fix, its ends are those of each token");
+  }
+  return find_parameterization(family, options.symmetric(), options.sigmoid(),
+                               options.full_range());
 }
 
 int64_t checked_axis(const QuantizerOptions& options, int64_t axis) {
@@ -64,6 +73,13 @@ std::vector<int64_t> range_shape(const QuantizerOptions& options) {
                 " elements, got ", group->size);
     shape[axis] /= group->size;
     return shape;
+  }
+  if (const auto* token = std::get_if<PerToken>(&options.granularity()); token && token->group) {
+    const int64_t size = options.sizes()[checked_axis(options, -1)];
+    TORCH_CHECK(*token->group > 0 && size % *token->group == 0, options.name(),
+                ": group of PerToken must be positive and divide the last axis of ", size,
+                " elements, got ", *token->group);
+    return {size / *token->group};
   }
   return {1};
 }
@@ -99,18 +115,17 @@ QuantizerImpl::QuantizerImpl(QuantizerOptions options)
 
 void QuantizerImpl::reset() {
   const auto names = range_names(parameterization_);
-  const auto uncalibrated = [&] {
-    return at::full(range_shape_, std::numeric_limits<double>::quiet_NaN(), at::kFloat);
-  };
+  const auto new_range = [&] { return at::full(range_shape_, uncalibrated(), at::kFloat); };
   for (size_t i = 0; i < names.size(); ++i) {
     const std::string name = names[i];
-    if (name.empty()) continue;
-    const bool learned = i < initial_.size() && !(i == 0 && options.fix_min());
-    if (learned) {
-      ranges_[i] = register_parameter(name, uncalibrated());
-      initial_[i] = register_buffer("initial_" + name, uncalibrated());
+    const bool may_learn = i < initial_.size();
+    // The ends of a token are not stored.
+    if (name.empty() || (per_token() && !may_learn)) continue;
+    if (may_learn && !(i == 0 && options.fix_min())) {
+      ranges_[i] = register_parameter(name, new_range());
+      initial_[i] = register_buffer("initial_" + name, new_range());
     } else {
-      ranges_[i] = register_buffer(name, uncalibrated());
+      ranges_[i] = register_buffer(name, new_range());
     }
   }
   known_calibrated_ = false;
@@ -125,10 +140,18 @@ Tensor QuantizerImpl::forward(const Tensor& x) {
   TORCH_CHECK(calibrated(), options.name(),
               ": its range is not set; calibrate the model first (asymq::nn::calibrate) or load a "
               "calibrated state");
+  const auto optional = [](const Tensor& tensor) {
+    return tensor.defined() ? std::optional(tensor) : std::nullopt;
+  };
+  if (const auto* token = std::get_if<PerToken>(&options.granularity())) {
+    return fake_quantize_dynamic_op(
+        x, {ranges_[0], optional(ranges_[1]), token->group, parameterization_, options.bits(),
+            options.eps(), /*token=*/true});
+  }
   const auto shape = shape_on(x);
   const auto range = [&](size_t i) -> std::optional<Tensor> {
-    if (!ranges_[i].defined()) return std::nullopt;
-    return shape == range_shape_ ? ranges_[i] : ranges_[i].view(shape);
+    if (!ranges_[i].defined() || shape == range_shape_) return optional(ranges_[i]);
+    return ranges_[i].view(shape);
   };
   return fake_quantize_op(x, {{*range(0), range(1), range(2), range(3)},
                               parameterization_,
@@ -152,7 +175,7 @@ std::vector<int64_t> QuantizerImpl::shape_on(const Tensor& x) const {
 }
 
 void QuantizerImpl::observe(const Tensor& x) {
-  if (x.numel() == 0) return;
+  if (x.numel() == 0 || per_token()) return;
   const at::NoGradGuard no_grad;
   auto [low, high] = extrema(x.detach(), shape_on(x));
   low = low.to(at::kFloat).reshape(range_shape_);
@@ -167,12 +190,16 @@ void QuantizerImpl::start_observing() {
 }
 
 bool QuantizerImpl::finish_observing(bool force_zero, double fallback) {
+  if (per_token()) {
+    state = State::quantizing;
+    return true;
+  }
   TORCH_CHECK(observed_low_.defined(), options.name(), ": calibration brought it no data");
   TORCH_CHECK(all_finite(observed_low_) && all_finite(observed_high_), options.name(),
               ": calibration brought it NaN or infinite values");
   const auto [low, high, without_width] =
       range_of_extrema(observed_low_, observed_high_, options.bits(), options.symmetric(),
-                       force_zero, fallback, options.eps());
+                       force_zero, fallback, options.eps(), options.full_range());
   set_range(low, high);
   observed_low_ = observed_high_ = Tensor();
   state = State::quantizing;
@@ -180,13 +207,16 @@ bool QuantizerImpl::finish_observing(bool force_zero, double fallback) {
 }
 
 void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
+  TORCH_CHECK(!per_token(), options.name(),
+              ": its range is that of each token, so that there is none to set");
   const at::NoGradGuard no_grad;
   const auto end = [&](const Tensor& tensor) {
     return tensor.to(ranges_[0].options()).expand(range_shape_);
   };
   std::array<Tensor, 4> values{Tensor(), Tensor(), end(low), end(high)};
-  const auto learned = parameters_of_range(options.parameterization(), values[2], values[3],
-                                           options.bits(), options.symmetric(), options.sigmoid());
+  const auto learned =
+      parameters_of_range(options.parameterization(), values[2], values[3], options.bits(),
+                          options.symmetric(), options.sigmoid(), options.full_range());
   std::copy(learned.begin(), learned.end(), values.begin());
   for (size_t i = 0; i < ranges_.size(); ++i) {
     if (ranges_[i].defined()) ranges_[i].copy_(values[i]);
@@ -199,12 +229,11 @@ void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
 
 void QuantizerImpl::clear_range() {
   const at::NoGradGuard no_grad;
-  const double nan = std::numeric_limits<double>::quiet_NaN();
   for (const Tensor& range : ranges_) {
-    if (range.defined()) range.fill_(nan);
+    if (range.defined()) range.fill_(uncalibrated());
   }
   for (const Tensor& initial : initial_) {
-    if (initial.defined()) initial.fill_(nan);
+    if (initial.defined()) initial.fill_(uncalibrated());
   }
   known_calibrated_ = false;
 }
@@ -242,12 +271,26 @@ void QuantizerImpl::save(torch::serialize::OutputArchive& archive) const {
   Module::save(archive);
 }
 
+bool QuantizerImpl::per_token() const {
+  return std::holds_alternative<PerToken>(options.granularity());
+}
+
+double QuantizerImpl::uncalibrated() const {
+  if (!per_token()) return std::numeric_limits<double>::quiet_NaN();
+  return options.sigmoid() ? kFirstFactor<true> : kFirstFactor<false>;
+}
+
 std::string QuantizerImpl::describe() const {
   std::ostringstream text;
   text << options.bits() << " bits, " << (options.symmetric() ? "symmetric " : "")
-       << options.parameterization() << (options.sigmoid() ? ", sigmoid" : "")
-       << (options.fix_min() ? ", fix_min" : "") << ", eps " << options.eps() << ", ranges "
-       << at::IntArrayRef(range_shape_);
+       << (options.full_range() ? "full range " : "") << options.parameterization()
+       << (options.sigmoid() ? ", sigmoid" : "") << (options.fix_min() ? ", fix_min" : "")
+       << ", eps " << options.eps();
+  if (const auto* token = std::get_if<PerToken>(&options.granularity())) {
+    text << ", per token";
+    if (token->group) text << " in groups of " << *token->group;
+  }
+  text << ", ranges " << at::IntArrayRef(range_shape_);
   return text.str();
 }
 

@@ -13,7 +13,7 @@ constexpr const char* kOp = "effective_scale_offset";
 std::vector<at::Tensor> as_list(const RangeArguments& range) {
   const auto [scale, offset] =
       effective_scale_offset(range.parameterization, range.parameters, range.bits, range.symmetric,
-                             range.sigmoid, range.eps);
+                             range.sigmoid, range.eps, range.full_range);
   return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
                             : std::vector<at::Tensor>{scale};
 }
@@ -33,8 +33,9 @@ QuantizerKind check_effective_scale_offset(const GranularQuantizer& quantizer) {
 std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view parameterization,
                                                               at::TensorList parameters,
                                                               int64_t bits, bool symmetric,
-                                                              bool sigmoid, double eps) {
-  const int64_t id = find_parameterization(kOp, parameterization, symmetric, sigmoid);
+                                                              bool sigmoid, double eps,
+                                                              bool full_range) {
+  const int64_t id = find_parameterization(kOp, parameterization, symmetric, sigmoid, full_range);
   const ListedRanges ranges(kOp, traits_of(id), parameters);
   const auto [scale, offset] = effective_scale_offset_op({ranges.tensors(), id, bits, eps});
   return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};

@@ -15,7 +15,7 @@ Where where(const Traits& traits) { return {"fake_quantize_", traits.name}; }
 template <class Parameterization>
 constexpr int64_t id() {
   constexpr Traits traits = Parameterization::traits;
-  return find_parameterization(traits.family, traits.symmetric, traits.sigmoid);
+  return find_parameterization(traits.family, traits.symmetric, traits.sigmoid, traits.full_range);
 }
 
 }  // namespace
@@ -65,20 +65,24 @@ at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& k
 }
 
 at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale, int64_t bits,
-                                         double eps) {
-  return fake_quantize_op(x, {{scale, {}, {}, {}}, id<SymmetricScale>(), bits, eps});
+                                         double eps, bool full_range) {
+  return fake_quantize_op(x, {{scale, {}, {}, {}},
+                              find_parameterization("scale_offset", true, false, full_range),
+                              bits,
+                              eps});
 }
 
 at::Tensor fake_quantize_symmetric_max(const at::Tensor& x, const at::Tensor& max, int64_t bits,
-                                       double eps) {
-  return fake_quantize_op(x, {{max, {}, {}, {}}, id<SymmetricMax>(), bits, eps});
+                                       double eps, bool full_range) {
+  return fake_quantize_op(
+      x, {{max, {}, {}, {}}, find_parameterization("min_max", true, false, full_range), bits, eps});
 }
 
 at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
                                          const at::Tensor& max, int64_t bits, bool sigmoid,
-                                         double eps) {
+                                         double eps, bool full_range) {
   return fake_quantize_op(x, {{gamma, {}, {}, max},
-                              sigmoid ? id<SymmetricGamma<true>>() : id<SymmetricGamma<false>>(),
+                              find_parameterization("beta_gamma", true, sigmoid, full_range),
                               bits,
                               eps});
 }

@@ -70,19 +70,21 @@ inline std::string quantizer_schema(const std::string& whose = "") {
 
 template <>
 struct Flat<const RangeArguments&> {
-  using Types = std::tuple<std::string_view, at::TensorList, int64_t, bool, bool, double>;
+  using Types = std::tuple<std::string_view, at::TensorList, int64_t, bool, bool, double, bool>;
   static Types write(const RangeArguments& r) {
-    return {r.parameterization, r.parameters, r.bits, r.symmetric, r.sigmoid, r.eps};
+    return {r.parameterization, r.parameters, r.bits, r.symmetric, r.sigmoid, r.eps, r.full_range};
   }
   static RangeArguments read(std::string_view parameterization, at::TensorList parameters,
-                             int64_t bits, bool symmetric, bool sigmoid, double eps) {
-    return {parameterization, parameters, bits, symmetric, sigmoid, eps};
+                             int64_t bits, bool symmetric, bool sigmoid, double eps,
+                             bool full_range) {
+    return {parameterization, parameters, bits, symmetric, sigmoid, eps, full_range};
   }
 };
 
 inline std::string range_schema(const std::string& whose = "") {
   return "str " + whose + "parameterization, Tensor[] " + whose + "parameters, int " + whose +
-         "bits, bool " + whose + "symmetric, bool " + whose + "sigmoid, float " + whose + "eps";
+         "bits, bool " + whose + "symmetric, bool " + whose + "sigmoid, float " + whose +
+         "eps, bool " + whose + "full_range";
 }
 
 namespace detail {

@@ -20,15 +20,18 @@ at::Tensor new_like(const at::Tensor& like, double value) { return at::full_like
 
 std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
                                             const at::Tensor& min, const at::Tensor& max,
-                                            int64_t bits, bool symmetric, bool sigmoid) {
+                                            int64_t bits, bool symmetric, bool sigmoid,
+                                            bool full_range) {
   constexpr const char* op = "parameters_of_range";
-  const int64_t id = find_parameterization(op, parameterization, symmetric, sigmoid);
+  const int64_t id = find_parameterization(op, parameterization, symmetric, sigmoid, full_range);
   check_bits({op}, bits);
   check_ends({op}, min, max);
   const at::Tensor low = min.detach().to(at::kDouble), high = max.detach().to(at::kDouble);
+  constexpr double no_guard = 0;
+  const auto divisors = make_kind(id, bits, no_guard).divisors<double>();
   std::vector<at::Tensor> result;
   visit_parameterization(id, Parameterizations{}, [&](auto visited) {
-    const auto [first, second] = visited.first_values(low, high, grid_steps<double>(bits));
+    const auto [first, second] = visited.first_values(low, high, divisors);
     result.push_back(new_like(max, first));
     if (visited.traits.second[0] != '\0') result.push_back(new_like(max, second));
   });

@@ -13,13 +13,17 @@ bool is_symmetric(const OptionalTensor& offset) {
 
 /// What the two have in common. wide: whether float64 ranges will do.
 QuantizerKind check_ranges(const Where& where, const at::Tensor& x, const at::Tensor& scale,
-                           const OptionalTensor& offset, int64_t bits, double eps, bool wide) {
+                           const OptionalTensor& offset, int64_t bits, double eps, bool full_range,
+                           bool wide) {
   NamedTensors ranges;
   ranges.add("scale", scale);
   if (!is_symmetric(offset)) ranges.add("offset", *offset);
   check_alike(where, ranges, wide);
   check_granularity(where, x, ranges);
-  return make_kind(find_parameterization("scale_offset", is_symmetric(offset), false), bits, eps);
+  TORCH_CHECK(is_symmetric(offset) || !full_range, where,
+              ": full_range needs a symmetric grid, which has no offset, got an offset");
+  return make_kind(find_parameterization("scale_offset", is_symmetric(offset), false, full_range),
+                   bits, eps);
 }
 
 }  // namespace
@@ -30,16 +34,19 @@ at::ScalarType code_dtype(int64_t bits, bool symmetric) {
 }
 
 QuantizerKind check_quantize(const at::Tensor& x, const at::Tensor& scale,
-                             const OptionalTensor& offset, int64_t bits, double eps) {
+                             const OptionalTensor& offset, int64_t bits, double eps,
+                             bool full_range) {
   constexpr Where where{"quantize"};
   check_bits(where, bits);
   check_positive(where, "eps", eps);
   check_elements(where, "x", x);
-  return check_ranges(where, x, scale, offset, bits, eps, x.scalar_type() == at::kDouble);
+  return check_ranges(where, x, scale, offset, bits, eps, full_range,
+                      x.scalar_type() == at::kDouble);
 }
 
 QuantizerKind check_dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                               const OptionalTensor& offset, int64_t bits, double eps) {
+                               const OptionalTensor& offset, int64_t bits, double eps,
+                               bool full_range) {
   constexpr Where where{"dequantize"};
   check_bits(where, bits);
   check_positive(where, "eps", eps);
@@ -47,17 +54,18 @@ QuantizerKind check_dequantize(const at::Tensor& codes, const at::Tensor& scale,
   const auto expected = code_dtype(bits, symmetric);
   TORCH_CHECK(codes.scalar_type() == expected, where, ": codes must be ", expected, " for ", bits,
               " bits ", symmetric ? "without" : "with", " offset, got ", codes.scalar_type());
-  return check_ranges(where, codes, scale, offset, bits, eps, /*wide=*/true);
+  return check_ranges(where, codes, scale, offset, bits, eps, full_range, /*wide=*/true);
 }
 
 at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
-                    int64_t bits, double eps) {
-  return Op<"asymq::quantize", decltype(quantize)>()(x, scale, offset, bits, eps);
+                    int64_t bits, double eps, bool full_range) {
+  return Op<"asymq::quantize", decltype(quantize)>()(x, scale, offset, bits, eps, full_range);
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                      const OptionalTensor& offset, int64_t bits, double eps) {
-  return Op<"asymq::dequantize", decltype(dequantize)>()(codes, scale, offset, bits, eps);
+                      const OptionalTensor& offset, int64_t bits, double eps, bool full_range) {
+  return Op<"asymq::dequantize", decltype(dequantize)>()(codes, scale, offset, bits, eps,
+                                                         full_range);
 }
 
 }  // namespace asymq

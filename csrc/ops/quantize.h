@@ -11,9 +11,11 @@ namespace asymq {
 at::ScalarType code_dtype(int64_t bits, bool symmetric);
 
 QuantizerKind check_quantize(const at::Tensor& x, const at::Tensor& scale,
-                             const OptionalTensor& offset, int64_t bits, double eps);
+                             const OptionalTensor& offset, int64_t bits, double eps,
+                             bool full_range);
 
 QuantizerKind check_dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                               const OptionalTensor& offset, int64_t bits, double eps);
+                               const OptionalTensor& offset, int64_t bits, double eps,
+                               bool full_range);
 
 }  // namespace asymq

@@ -14,20 +14,23 @@ const Traits& traits_of(int64_t parameterization) {
   return Parameterizations::traits[parameterization];
 }
 
-int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
-                              bool sigmoid) {
-  const int id = find_parameterization(family, symmetric, sigmoid);
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric, bool sigmoid,
+                              bool full_range) {
+  const int id = asymq::find_parameterization(family, symmetric, sigmoid, full_range);
   TORCH_CHECK(
       id >= 0, "asymq::", op,
       ": parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
-      "sigmoid belongs to beta_gamma, and kscale_koffset has no symmetric counterpart; got ",
-      family, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "");
+      "sigmoid belongs to beta_gamma, full_range to symmetric, and kscale_koffset has no symmetric "
+      "counterpart; got ",
+      family, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "",
+      full_range ? ", full_range" : "");
   return id;
 }
 
 QuantizerArguments by_position(const char* op, const RangeArguments& range) {
   return {range.parameters,
-          find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid),
+          find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid,
+                                range.full_range),
           range.bits, range.eps};
 }
 

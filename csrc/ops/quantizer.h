@@ -17,8 +17,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 const Traits& traits_of(int64_t parameterization);
 
 /// Position of the parameterization that users name by its family; throws where there is none.
-int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
-                              bool sigmoid);
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric, bool sigmoid,
+                              bool full_range);
 
 /// The range tensors of a quantizer, in the order of Traits.
 struct RangeTensors {

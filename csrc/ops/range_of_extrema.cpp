@@ -16,7 +16,8 @@ constexpr double kRounding = 1e-6;
 std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(const at::Tensor& min,
                                                                 const at::Tensor& max, int64_t bits,
                                                                 bool symmetric, bool force_zero,
-                                                                double fallback, double eps) {
+                                                                double fallback, double eps,
+                                                                bool full_range) {
   constexpr Where where{"range_of_extrema"};
   check_bits(where, bits);
   check_positive(where, "fallback", fallback);
@@ -25,7 +26,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(const at::Tensor
   TORCH_CHECK(min.scalar_type() == at::kFloat || min.scalar_type() == at::kDouble, where,
               ": min must be float32 or float64, got ", min.scalar_type());
   at::Tensor low = min.detach(), high = max.detach();
-  const double least_width = grid_steps<double>(static_cast<int>(bits)) * eps;
+  TORCH_CHECK(symmetric || !full_range, where, ": full_range needs symmetric");
+  const double least_width = (grid_steps<double>(static_cast<int>(bits)) + full_range) * eps;
   if (symmetric) {
     high = at::maximum(-low, high);
     const at::Tensor empty = high.eq(0);

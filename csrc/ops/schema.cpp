@@ -3,13 +3,15 @@
 // The public fake-quantize functions decompose into one private operator, `_fake_quantize`, whose
 // `parameterization` is a position in Parameterizations (parameterization.h) and whose first and
 // second are the learned parameters. Of them, autograd, CPU, CUDA and Meta know only that one and
-// its backward. The same holds for the operators that do more than quantize.
+// its backward. The same holds for the functions of live ranges, which decompose into
+// `_fake_quantize_dynamic`, and for the operators that do more than quantize.
 //
 // *_ranges: the range tensors that a parameterization has, in the order first, second, min, max.
 // needs: which gradients to compute; the others come back undefined. After the tensor's come those
 // of first and second of each range.
 #include <torch/library.h>
 
+#include "ops/fake_quantize_dynamic.h"
 #include "ops/flat.h"
 
 TORCH_LIBRARY(asymq, m) {
@@ -32,27 +34,38 @@ TORCH_LIBRARY(asymq, m) {
       "fake_quantize_kscale_koffset(Tensor x, Tensor kscale, Tensor koffset, int bits, "
       "float eps=1e-8) -> Tensor");
   define(
-      "fake_quantize_symmetric_scale(Tensor x, Tensor scale, int bits, float eps=1e-8) -> "
-      "Tensor");
-  define("fake_quantize_symmetric_max(Tensor x, Tensor max, int bits, float eps=1e-8) -> Tensor");
+      "fake_quantize_symmetric_scale(Tensor x, Tensor scale, int bits, float eps=1e-8, "
+      "bool full_range=False) -> Tensor");
+  define(
+      "fake_quantize_symmetric_max(Tensor x, Tensor max, int bits, float eps=1e-8, "
+      "bool full_range=False) -> Tensor");
   define(
       "fake_quantize_symmetric_gamma(Tensor x, Tensor gamma, Tensor max, int bits, "
+      "bool sigmoid=False, float eps=1e-8, bool full_range=False) -> Tensor");
+  define(
+      "fake_quantize_dynamic_beta_gamma(Tensor x, Tensor beta, Tensor gamma, int? group, int bits, "
       "bool sigmoid=False, float eps=1e-8) -> Tensor");
   define(
+      "fake_quantize_dynamic_symmetric_gamma(Tensor x, Tensor gamma, int? group, int bits, "
+      "bool sigmoid=False, bool full_range=False, float eps=1e-8) -> Tensor");
+  define(
       "effective_scale_offset(str parameterization, Tensor[] parameters, int bits, "
-      "bool symmetric=False, bool sigmoid=False, float eps=1e-8) -> Tensor[]");
+      "bool symmetric=False, bool sigmoid=False, float eps=1e-8, bool full_range=False) -> "
+      "Tensor[]");
   define(
       "parameters_of_range(str parameterization, Tensor min, Tensor max, int bits, "
-      "bool symmetric=False, bool sigmoid=False) -> Tensor[]");
+      "bool symmetric=False, bool sigmoid=False, bool full_range=False) -> Tensor[]");
   define(
       "range_of_extrema(Tensor min, Tensor max, int bits, bool symmetric=False, "
-      "bool force_zero=True, float fallback=1.0, float eps=1e-8) -> "
+      "bool force_zero=True, float fallback=1.0, float eps=1e-8, bool full_range=False) -> "
       "(Tensor min, Tensor max, Tensor without_width)");
 
-  define("quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> Tensor");
   define(
-      "dequantize(Tensor codes, Tensor scale, Tensor? offset, int bits, float eps=1e-8) -> "
-      "Tensor");
+      "quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8, "
+      "bool full_range=False) -> Tensor");
+  define(
+      "dequantize(Tensor codes, Tensor scale, Tensor? offset, int bits, float eps=1e-8, "
+      "bool full_range=False) -> Tensor");
 
   define("quantized_softmax(Tensor scores, Tensor? mask, bool causal, " + range_schema("scores_") +
          ", " + range_schema("probabilities_") + ") -> Tensor");
@@ -63,6 +76,12 @@ TORCH_LIBRARY(asymq, m) {
 
   define("_fake_quantize(Tensor x, " + granular_quantizer_schema() + ") -> Tensor");
   define("_fake_quantize_backward(Tensor grad, Tensor x, " + granular_quantizer_schema() +
+         ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  define("_fake_quantize_dynamic(Tensor x, " + live_quantizer_schema() + ") -> Tensor");
+  define(
+      "_fake_quantize_live(Tensor x, Tensor first, Tensor? second, int? group, int bits, "
+      "bool sigmoid=False, bool full_range=False, float eps=1e-8) -> Tensor");
+  define("_fake_quantize_dynamic_backward(Tensor grad, Tensor x, " + live_quantizer_schema() +
          ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
   // statistics: of each row the largest masked score and the sum of exponentials.
   define("_quantized_softmax(Tensor scores, Tensor? mask, bool causal, " +

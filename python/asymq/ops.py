@@ -10,6 +10,8 @@ Common to all functions:
   ``[C, K // G]`` groups of G along the last axis.
 - ``bits`` is 2 to 16; k = 2**bits - 1.
 - ``eps`` is the least effective scale: s = max(raw s, eps). The gradient passes straight through.
+- ``full_range`` gives a symmetric grid one more step below zero: codes -(k+1)/2 to (k-1)/2, such as
+  -8 to 7 with 4 bits, and k + 1 for k in the scale.
 - A grid starts at s·rint(z): torch's ``zero_point`` is -rint(z) with quant_min 0, quant_max k.
 - Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
   Ranges for Quantization-Aware Training". NaN counts as inside the range, infinities saturate.
@@ -30,6 +32,9 @@ _kscale_koffset = _ops.fake_quantize_kscale_koffset.default
 _symmetric_scale = _ops.fake_quantize_symmetric_scale.default
 _symmetric_max = _ops.fake_quantize_symmetric_max.default
 _symmetric_gamma = _ops.fake_quantize_symmetric_gamma.default
+_dynamic_beta_gamma = _ops.fake_quantize_dynamic_beta_gamma.default
+_dynamic_symmetric_gamma = _ops.fake_quantize_dynamic_symmetric_gamma.default
+_live = _ops._fake_quantize_live.default
 _quantize = _ops.quantize.default
 _dequantize = _ops.dequantize.default
 _effective_scale_offset = _ops.effective_scale_offset.default
@@ -78,15 +83,17 @@ def fake_quantize_kscale_koffset(
 
 
 def fake_quantize_symmetric_scale(
-    x: Tensor, scale: Tensor, *, bits: int, eps: float = 1e-8
+    x: Tensor, scale: Tensor, *, bits: int, eps: float = 1e-8, full_range: bool = False
 ) -> Tensor:
     """Symmetric grid of indices -(k-1)/2 to (k-1)/2 with a learned scale s (eq. 10)."""
-    return _symmetric_scale(x, scale, bits, eps)
+    return _symmetric_scale(x, scale, bits, eps, full_range)
 
 
-def fake_quantize_symmetric_max(x: Tensor, max: Tensor, *, bits: int, eps: float = 1e-8) -> Tensor:
+def fake_quantize_symmetric_max(
+    x: Tensor, max: Tensor, *, bits: int, eps: float = 1e-8, full_range: bool = False
+) -> Tensor:
     """Symmetric grid with a learned end: s = 2·max/k (Table 3)."""
-    return _symmetric_max(x, max, bits, eps)
+    return _symmetric_max(x, max, bits, eps, full_range)
 
 
 def fake_quantize_symmetric_gamma(
@@ -97,29 +104,102 @@ def fake_quantize_symmetric_gamma(
     bits: int,
     sigmoid: bool = False,
     eps: float = 1e-8,
+    full_range: bool = False,
 ) -> Tensor:
     """Symmetric grid with a learned factor on a constant end: s = 2γ·max/k, with ``sigmoid``
     2σ(γ)·max/k (Table 3). ``max`` must not require grad.
     """
-    return _symmetric_gamma(x, gamma, max, bits, sigmoid, eps)
+    return _symmetric_gamma(x, gamma, max, bits, sigmoid, eps, full_range)
+
+
+def fake_quantize_dynamic_beta_gamma(
+    x: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    group: int | None = None,
+    bits: int,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Learned factors on the live range of every token (eq. 3).
+
+    x is [..., D]. Each ``group`` of consecutive elements of the last axis (None: all D, the token)
+    has the range of its own elements with zero in it: θmin = min(0, min x), θmax = max(0, max x),
+    s = (γθmax - βθmin)/k and z = βθmin/s; with ``sigmoid`` σ(β) and σ(γ). θmin and θmax are
+    constants to the gradient.
+
+    beta, gamma: of one shape, with one value or D/group (one per position in the token), which all
+    tokens share. A NaN or infinity makes its own group NaN and no other. Saves x alone.
+    """
+    return _dynamic_beta_gamma(x, beta, gamma, group, bits, sigmoid, eps)
+
+
+def fake_quantize_dynamic_symmetric_gamma(
+    x: Tensor,
+    gamma: Tensor,
+    *,
+    group: int | None = None,
+    bits: int,
+    sigmoid: bool = False,
+    full_range: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """:func:`fake_quantize_dynamic_beta_gamma` with a symmetric grid: θmax = max |x|, s = γθmax/h
+    with h = (k-1)/2, so that at γ = 1 the largest element is on the grid; in full range (k+1)/2.
+    """
+    return _dynamic_symmetric_gamma(x, gamma, group, bits, sigmoid, full_range, eps)
+
+
+def _fake_quantize_live(
+    x: Tensor,
+    *factors: Tensor,
+    group: int | None,
+    bits: int,
+    symmetric: bool = False,
+    sigmoid: bool = False,
+    full_range: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """A weight on the live range of its rows or groups: fake_quantize_beta_gamma, or its symmetric
+    counterpart, with the extrema of every group of x (max(-min, max) if symmetric) as constants.
+
+    factors: beta and gamma, or gamma; one value, one for every group of a row, or one for every
+    group, in the order of the groups.
+    """
+    first, second = factors if not symmetric else (*factors, None)
+    return _live(x, first, second, group, bits, sigmoid, full_range, eps)
 
 
 def quantize(
-    x: Tensor, scale: Tensor, offset: Tensor | None = None, *, bits: int, eps: float = 1e-8
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    full_range: bool = False,
 ) -> Tensor:
     """Integer codes, without gradient. NaN gives code 0.
 
     With ``offset`` clip(rint(x/s) - rint(z), 0, k): uint8 up to 8 bits, else int32. Without
-    (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2): int8 up to 8 bits, else int16.
+    (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2), with ``full_range`` from -(k+1)/2: int8 up to 8
+    bits, else int16.
     """
-    return _quantize(x, scale, offset, bits, eps)
+    return _quantize(x, scale, offset, bits, eps, full_range)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, offset: Tensor | None = None, *, bits: int, eps: float = 1e-8
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    full_range: bool = False,
 ) -> Tensor:
     """The values s·(code + rint(z)) of codes of :func:`quantize`, in scale's dtype, no gradient."""
-    return _dequantize(codes, scale, offset, bits, eps)
+    return _dequantize(codes, scale, offset, bits, eps, full_range)
 
 
 def effective_scale_offset(
@@ -129,6 +209,7 @@ def effective_scale_offset(
     symmetric: bool = False,
     sigmoid: bool = False,
     eps: float = 1e-8,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Guarded scale and offset (None if symmetric) of a parameterization, without gradient.
 
@@ -136,7 +217,9 @@ def effective_scale_offset(
     ``symmetric`` the counterpart that learns s, θmax or γ. ``parameters`` are its tensors in the
     order of the function of that name, constants included.
     """
-    result = _effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps)
+    result = _effective_scale_offset(
+        parameterization, parameters, bits, symmetric, sigmoid, eps, full_range
+    )
     return result[0], (None if symmetric else result[1])
 
 
@@ -149,19 +232,20 @@ def range_of_extrema(
     force_zero: bool = True,
     fallback: float = 1.0,
     eps: float = 1e-8,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The range to start learning from where ``min`` and ``max`` are the smallest and largest value
     seen, and where it has to be a guess: (min, max, without_width).
 
     ``symmetric``: ±max(-min, max). Else [min, max], with zero put inside if ``force_zero``, and
     otherwise only where the values do not vary (by no more than 1e-6 of the larger end). Where all
-    values seen were 0, ±fallback. No range is narrower than k·eps. ``without_width`` (bool) tells
-    where one of the last two rules decided.
+    values seen were 0, ±fallback. No range is narrower than k·eps ((k+1)·eps in full range).
+    ``without_width`` (bool) tells where one of the last two rules decided.
 
     min, max: float32 or float64, of one shape, dtype and device, and finite: that is the caller's
     to see to. Without gradient.
     """
-    return _range_of_extrema(min, max, bits, symmetric, force_zero, fallback, eps)
+    return _range_of_extrema(min, max, bits, symmetric, force_zero, fallback, eps, full_range)
 
 
 class RangeArguments(NamedTuple):
@@ -174,6 +258,7 @@ class RangeArguments(NamedTuple):
     symmetric: bool = False
     sigmoid: bool = False
     eps: float = 1e-8
+    full_range: bool = False
 
 
 def quantized_softmax(

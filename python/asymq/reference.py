@@ -8,8 +8,9 @@ With b bits and k = 2^b - 1, a grid has the scale s and the real-valued offset z
 
     r = rint(x / s)    n = rint(z)    p = n + k    x̂ = s * clip(r, n, p)           (paper, eq. 1)
 
-A symmetric grid has no offset, n = -(k - 1)/2 and p = (k - 1)/2. The paper's offset is the
-negative of torch's zero point: zero_point = -rint(z) with quant_min = 0 and quant_max = k.
+A symmetric grid has no offset, n = -(k - 1)/2 and p = (k - 1)/2; in full range n = -(k + 1)/2. The
+paper's offset is the negative of torch's zero point: zero_point = -rint(z) with quant_min = 0 and
+quant_max = k.
 
 The gradient is the straight-through one, d rint(u)/du = 1. With the regions below (r < n), inside
 (n <= r <= p) and above (r > p), dL/dx is the upstream gradient g inside and 0 elsewhere, and every
@@ -39,6 +40,7 @@ class Grid(NamedTuple):
 
     scale: Tensor
     offset: Tensor | None  # None: symmetric
+    full_range: bool = False  # of a symmetric one
 
 
 class Sums(NamedTuple):
@@ -195,9 +197,11 @@ class KScaleKOffset(Parameterization):
 class SymmetricScale(Parameterization):
     """Learns s (Table 3)."""
 
-    @staticmethod
-    def grid(k: int, eps: float, scale: Tensor) -> Grid:
-        return Grid(_guard(scale, eps), None)
+    full_range: ClassVar[bool] = False
+
+    @classmethod
+    def grid(cls, k: int, eps: float, scale: Tensor) -> Grid:
+        return Grid(_guard(scale, eps), None, cls.full_range)
 
     @staticmethod
     def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
@@ -205,33 +209,78 @@ class SymmetricScale(Parameterization):
 
 
 class SymmetricMax(Parameterization):
-    """Learns the upper end: s = 2 θmax/k (eq. 10 prints b; Table 3 shows that k is meant)."""
+    """Learns the upper end: s = 2 θmax/k (eq. 10 prints b; Table 3 shows that k is meant), in full
+    range 2 θmax/(k + 1)."""
 
-    @staticmethod
-    def grid(k: int, eps: float, high: Tensor) -> Grid:
-        return Grid(_guard(_divide(2 * high, k), eps), None)
+    full_range: ClassVar[bool] = False
 
-    @staticmethod
-    def gradients(sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
-        return (_d_scale(sums, grid, k) * (2 / k),)
+    @classmethod
+    def half(cls, k: int) -> float:
+        """What the end is divided by."""
+        return (k + 1) / 2 if cls.full_range else k / 2
+
+    @classmethod
+    def grid(cls, k: int, eps: float, high: Tensor) -> Grid:
+        return Grid(_guard(_divide(high, cls.half(k)), eps), None, cls.full_range)
+
+    @classmethod
+    def gradients(cls, sums: Sums, grid: Grid, k: int, *_: Tensor) -> tuple[Tensor, ...]:
+        return (_d_scale(sums, grid, k) / cls.half(k),)
 
 
 class SymmetricGamma(_Factors):
     """Learns a factor of the constant upper end: s = 2 γ θmax/k (Table 3)."""
 
+    end: ClassVar[type[SymmetricMax]] = SymmetricMax
+
     @classmethod
     def grid(cls, k: int, eps: float, gamma: Tensor, high: Tensor) -> Grid:
-        return SymmetricMax.grid(k, eps, cls.factor(gamma) * high)
+        return cls.end.grid(k, eps, cls.factor(gamma) * high)
 
     @classmethod
     def gradients(
         cls, sums: Sums, grid: Grid, k: int, gamma: Tensor, high: Tensor
     ) -> tuple[Tensor, ...]:
-        (d_high,) = SymmetricMax.gradients(sums, grid, k)
+        (d_high,) = cls.end.gradients(sums, grid, k)
         return (d_high * high.double() * cls.d_factor(gamma),)
 
 
 class SymmetricGammaSigmoid(_Sigmoid, SymmetricGamma):
+    pass
+
+
+class SymmetricScaleFullRange(SymmetricScale):
+    full_range = True
+
+
+class SymmetricMaxFullRange(SymmetricMax):
+    full_range = True
+
+
+class SymmetricGammaFullRange(SymmetricGamma):
+    end = SymmetricMaxFullRange
+
+
+class SymmetricGammaSigmoidFullRange(_Sigmoid, SymmetricGammaFullRange):
+    pass
+
+
+class _MaxOnGrid(SymmetricMax):
+    """s = θmax/p, so that the end is on the grid."""
+
+    @classmethod
+    def half(cls, k: int) -> float:
+        return (k - 1) / 2
+
+
+class TokenGamma(SymmetricGamma):
+    """SymmetricGamma on the largest element of a token: with k/2 it would be a tie at γ = 1, and
+    its gradient would hang on the last bit."""
+
+    end = _MaxOnGrid
+
+
+class TokenGammaSigmoid(_Sigmoid, TokenGamma):
     pass
 
 
@@ -245,6 +294,12 @@ PARAMETERIZATIONS: dict[str, type[Parameterization]] = {
     "symmetric_max": SymmetricMax,
     "symmetric_gamma": SymmetricGamma,
     "symmetric_gamma_sigmoid": SymmetricGammaSigmoid,
+    "symmetric_scale_full_range": SymmetricScaleFullRange,
+    "symmetric_max_full_range": SymmetricMaxFullRange,
+    "symmetric_gamma_full_range": SymmetricGammaFullRange,
+    "symmetric_gamma_sigmoid_full_range": SymmetricGammaSigmoidFullRange,
+    "token_gamma": TokenGamma,
+    "token_gamma_sigmoid": TokenGammaSigmoid,
 }
 
 _SYMMETRIC = {
@@ -308,7 +363,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _bounds(grid: Grid, k: int, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
     """n and p: rint(z) rounds in the parameters' dtype, n + k is computed in `dtype`."""
     if grid.offset is None:
-        return -(k - 1) / 2, (k - 1) / 2
+        return -(k - 1) / 2 - grid.full_range, (k - 1) / 2
     # Adding 0 turns -0 into 0: n + 0 and n + k are the values of the codes 0 and k.
     n = grid.offset.round().to(dtype) + 0.0
     return n, n + k
@@ -403,6 +458,88 @@ def _fake_quantize(name: str, x: Tensor, bits: int, eps: float, *parameters: Ten
     return _FakeQuantize.apply(x, name, 2**bits - 1, eps, *parameters)
 
 
+def _name(name: str, sigmoid: bool = False, full_range: bool = False) -> str:
+    return name + "_sigmoid" * sigmoid + "_full_range" * full_range
+
+
+# ---- live ranges -------------------------------------------------------------------------------
+
+
+class _Share(torch.autograd.Function):
+    """Factors as every group has its own: expand, but for gradients that are summed in float64."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(factors, view, shape):
+        return factors.reshape(view).expand(shape).clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        factors, ctx.view, _ = inputs
+        ctx.shape, ctx.dtype = factors.shape, factors.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        shared = [axis for axis, size in enumerate(ctx.view) if size == 1]
+        grad = grad.double().sum(shared) if shared else grad
+        return grad.reshape(ctx.shape).to(ctx.dtype), None, None
+
+
+def _live(
+    x: Tensor,
+    factors: tuple[Tensor, ...],
+    group: int | None,
+    bits: int,
+    symmetric: bool,
+    sigmoid: bool,
+    full_range: bool,
+    eps: float,
+    token: bool,
+) -> Tensor:
+    """The static quantizer on [..., groups of a row, elements of a group], whose constant ends are
+    the extrema of each group."""
+    if x.dim() == 0 or (group is not None and (group < 1 or x.shape[-1] % group)):
+        raise RuntimeError(
+            f"asymq.reference: group {group} must divide the last axis of x, whose shape is "
+            f"{list(x.shape)}"
+        )
+    in_row = 1 if group is None else x.shape[-1] // group
+    blocks = x.reshape(*x.shape[:-1], in_row, x.shape[-1] if group is None else group)
+    shape = (*blocks.shape[:-1], 1)
+
+    view = {1: [1] * len(shape), in_row: [1] * (len(shape) - 2) + [in_row, 1]}
+    if not token:
+        view.setdefault(blocks.shape[:-1].numel(), list(shape))
+    count = factors[0].numel()
+    if count not in view:
+        raise RuntimeError(
+            f"asymq.reference: factors of shape {list(factors[0].shape)} do not fit the {in_row} "
+            f"groups of a row of x, whose shape is {list(x.shape)}"
+        )
+    learned = [_Share.apply(factor, view[count], shape) for factor in factors]
+
+    with torch.no_grad():
+        if x.numel() == 0:
+            low = high = blocks.new_zeros(shape)
+        else:
+            low, high = blocks.aminmax(dim=-1, keepdim=True)
+        low, high = low.to(factors[0].dtype), high.to(factors[0].dtype)
+        # A NaN or infinity shows in its whole group.
+        finite = low.isfinite() & high.isfinite()
+        low, high = (torch.where(finite, end, torch.nan) for end in (low, high))
+        if token:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        ends = [torch.maximum(-low, high)] if symmetric else [low, high]
+    if not symmetric:
+        name = _name("beta_gamma", sigmoid)
+    elif token and not full_range:
+        name = _name("token_gamma", sigmoid)
+    else:
+        name = _name("symmetric_gamma", sigmoid, full_range)
+    return _fake_quantize(name, blocks, bits, eps, *learned, *ends).reshape(x.shape)
+
+
 def _constant(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.requires_grad:
@@ -435,8 +572,7 @@ def fake_quantize_beta_gamma(
 ) -> Tensor:
     """Learns factors of the constant ends min and max: see BetaGamma and BetaGammaSigmoid."""
     _constant(min=min, max=max)
-    name = "beta_gamma_sigmoid" if sigmoid else "beta_gamma"
-    return _fake_quantize(name, x, bits, eps, beta, gamma, min, max)
+    return _fake_quantize(_name("beta_gamma", sigmoid), x, bits, eps, beta, gamma, min, max)
 
 
 def fake_quantize_kscale_koffset(x, kscale, koffset, *, bits: int, eps: float = 1e-8) -> Tensor:
@@ -444,28 +580,80 @@ def fake_quantize_kscale_koffset(x, kscale, koffset, *, bits: int, eps: float = 
     return _fake_quantize("kscale_koffset", x, bits, eps, kscale, koffset)
 
 
-def fake_quantize_symmetric_scale(x, scale, *, bits: int, eps: float = 1e-8) -> Tensor:
+def fake_quantize_symmetric_scale(
+    x, scale, *, bits: int, eps: float = 1e-8, full_range: bool = False
+) -> Tensor:
     """Learns the scale of a symmetric grid: see SymmetricScale."""
-    return _fake_quantize("symmetric_scale", x, bits, eps, scale)
+    name = _name("symmetric_scale", full_range=full_range)
+    return _fake_quantize(name, x, bits, eps, scale)
 
 
-def fake_quantize_symmetric_max(x, max, *, bits: int, eps: float = 1e-8) -> Tensor:
+def fake_quantize_symmetric_max(
+    x, max, *, bits: int, eps: float = 1e-8, full_range: bool = False
+) -> Tensor:
     """Learns the upper end of a symmetric grid: see SymmetricMax."""
-    return _fake_quantize("symmetric_max", x, bits, eps, max)
+    return _fake_quantize(_name("symmetric_max", full_range=full_range), x, bits, eps, max)
 
 
 def fake_quantize_symmetric_gamma(
-    x, gamma, max, *, bits: int, sigmoid: bool = False, eps: float = 1e-8
+    x, gamma, max, *, bits: int, sigmoid: bool = False, eps: float = 1e-8, full_range: bool = False
 ) -> Tensor:
     """Learns a factor of the constant upper end max of a symmetric grid: see SymmetricGamma."""
     _constant(max=max)
-    name = "symmetric_gamma_sigmoid" if sigmoid else "symmetric_gamma"
+    name = _name("symmetric_gamma", sigmoid, full_range)
     return _fake_quantize(name, x, bits, eps, gamma, max)
 
 
-def _grid(scale: Tensor, offset: Tensor | None, k: int, eps: float) -> Grid:
+def fake_quantize_dynamic_beta_gamma(
+    x,
+    beta,
+    gamma,
+    *,
+    group: int | None = None,
+    bits: int,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Learns factors, shared by all tokens, of the ends of each token, or of each `group` of its
+    elements, with zero in the range: θmin = min(0, min x), θmax = max(0, max x)."""
+    return _live(x, (beta, gamma), group, bits, False, sigmoid, False, eps, token=True)
+
+
+def fake_quantize_dynamic_symmetric_gamma(
+    x,
+    gamma,
+    *,
+    group: int | None = None,
+    bits: int,
+    sigmoid: bool = False,
+    full_range: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """The same with a symmetric grid and θmax = max |x|: see TokenGamma."""
+    return _live(x, (gamma,), group, bits, True, sigmoid, full_range, eps, token=True)
+
+
+def _fake_quantize_live(
+    x,
+    *factors,
+    group: int | None,
+    bits: int,
+    symmetric: bool = False,
+    sigmoid: bool = False,
+    full_range: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """A weight's factors, one, one for every group of a row or one for every group, on the extrema
+    of its groups as they are."""
+    return _live(x, factors, group, bits, symmetric, sigmoid, full_range, eps, token=False)
+
+
+def _grid(scale: Tensor, offset: Tensor | None, k: int, eps: float, full_range: bool) -> Grid:
     if offset is None:
-        return SymmetricScale.grid(k, eps, scale)
+        symmetric = SymmetricScaleFullRange if full_range else SymmetricScale
+        return symmetric.grid(k, eps, scale)
+    if full_range:
+        raise RuntimeError("asymq.reference: full_range needs a symmetric grid, without offset")
     return ScaleOffset.grid(k, eps, scale, offset)
 
 
@@ -476,13 +664,15 @@ def _code_dtype(bits: int, symmetric: bool) -> torch.dtype:
 
 
 @torch.no_grad()
-def quantize(x, scale, offset=None, *, bits: int, eps: float = 1e-8) -> Tensor:
+def quantize(
+    x, scale, offset=None, *, bits: int, eps: float = 1e-8, full_range: bool = False
+) -> Tensor:
     """Integer codes of x: clip(r - n, 0, k) (paper, eq. 1), uint8 up to 8 bits, else int32.
 
     Without offset clip(r, n, p), int8 up to 8 bits, else int16. NaN gives code 0.
     """
     k = 2**bits - 1
-    blocks, _, r, _, n, p = _elements(x, _grid(scale, offset, k, eps), k)
+    blocks, _, r, _, n, p = _elements(x, _grid(scale, offset, k, eps, full_range), k)
     low, high = (n, p) if offset is None else (0.0, float(k))
     codes = r if offset is None else r - n
     codes = torch.where(codes < low, low, torch.where(codes > high, high, codes))
@@ -491,9 +681,11 @@ def quantize(x, scale, offset=None, *, bits: int, eps: float = 1e-8) -> Tensor:
 
 
 @torch.no_grad()
-def dequantize(codes, scale, offset=None, *, bits: int, eps: float = 1e-8) -> Tensor:
+def dequantize(
+    codes, scale, offset=None, *, bits: int, eps: float = 1e-8, full_range: bool = False
+) -> Tensor:
     """s * (codes + rint(z)) (paper, eq. 1), s * codes without offset, in scale's dtype."""
-    grid = _grid(scale, offset, 2**bits - 1, eps)
+    grid = _grid(scale, offset, 2**bits - 1, eps, full_range)
     blocks = _Blocks(codes.shape, scale.shape)
     levels = blocks.split(codes).to(scale.dtype)
     if offset is not None:
@@ -509,18 +701,19 @@ def effective_scale_offset(
     symmetric: bool = False,
     sigmoid: bool = False,
     eps: float = 1e-8,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The guarded scale and the offset (None if symmetric) of any parameterization.
 
     parameterization: "scale_offset", "min_max", "beta_gamma" or "kscale_koffset"; parameters: those
     of its fake_quantize function, in that order. ValueError: no such combination.
     """
-    name = _SYMMETRIC.get(parameterization) if symmetric else parameterization
-    name = f"{name}_sigmoid" if sigmoid else name
+    name = _SYMMETRIC.get(parameterization, "") if symmetric else parameterization
+    name = _name(name, sigmoid, full_range)
     if name not in PARAMETERIZATIONS:
         raise ValueError(
             f"asymq.reference: no parameterization {parameterization!r} with "
-            f"symmetric={symmetric} and sigmoid={sigmoid}"
+            f"symmetric={symmetric}, sigmoid={sigmoid} and full_range={full_range}"
         )
     grid = PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *parameters)
     return grid.scale, grid.offset
@@ -536,14 +729,15 @@ def range_of_extrema(
     force_zero: bool = True,
     fallback: float = 1.0,
     eps: float = 1e-8,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A range for values from min to max, and where they say nothing of its width.
 
     min, max: float32 or float64, of one shape. ±fallback where all values are 0; with zero inside
-    if force_zero, and where the values do not vary; at least k eps wide, or the guard would hold
-    the scale.
+    if force_zero, and where the values do not vary; at least k eps wide, in full range (k + 1) eps,
+    or the guard would hold the scale.
     """
-    least_width = (2**bits - 1) * eps
+    least_width = (2**bits - 1 + full_range) * eps
     if symmetric:
         end = torch.maximum(-min, max)
         empty = end == 0

@@ -1,11 +1,12 @@
 """Accuracy of the sums where rounding errors cannot cancel, and their bitwise repeatability."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from compare import assert_bit_equal
-from samples import Sample
+from samples import DynamicSample, Sample
 
 import asymq
 
@@ -88,16 +89,23 @@ def test_sums_of_terms_that_all_round_one_way(kind, ranges, device):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("granularity", ["one", "axis0", "last", "groups", "blocks_two"])
-def test_bitwise_repeatable(granularity, dtype, device):
+@pytest.mark.parametrize(
+    "sample",
+    [
+        *(Sample(granularity=g) for g in ("one", "axis0", "last", "groups", "blocks_two")),
+        *(DynamicSample(granularity=g) for g in ("token", "groups", "positions")),
+    ],
+    ids=str,
+)
+def test_bitwise_repeatable(sample, dtype, device):
     """Over runs, and on the CPU over numbers of threads."""
-    sample = Sample("min_max", dtype, granularity, size="millions")
-    x, ends, grad = sample.build(device)
+    sample = dataclasses.replace(sample, dtype=dtype, size="millions")
+    x, learned, grad = sample.build(device)
     threads = torch.get_num_threads()
 
     def step():
-        xhat = sample.call(asymq, x, *ends)
-        return xhat, *torch.autograd.grad(xhat, (x, *ends), grad)
+        xhat = sample.call(asymq, x, *learned)
+        return xhat, *torch.autograd.grad(xhat, (x, *learned), grad)
 
     expected = step()
     try:

@@ -8,7 +8,7 @@ import torch
 from compare import assert_bit_equal
 from fused import assert_transforms_say_so
 from operator_calls import OperatorCalls
-from samples import PARAMETERIZATIONS, SAMPLES, Sample
+from samples import DYNAMIC, PARAMETERIZATIONS, SAMPLES, DynamicSample, Sample
 from torch.utils.checkpoint import checkpoint
 
 import asymq
@@ -39,7 +39,7 @@ def test_opcheck(sample, device):
             lambda *tensors: public(sample)(*sample.dispatcher_arguments(*tensors)), sample, inputs
         )
     names = [function.__name__ for function, _ in recorder.calls]
-    assert names == ["_fake_quantize.default", "_fake_quantize_backward.default"]
+    assert names == [f"{sample.operator}.default", f"{sample.operator}_backward.default"]
     (forward, arguments), (backward, backward_arguments) = recorder.calls
     torch.library.opcheck(forward, arguments)
     # It has no derivative of its own, so nothing may ask for one.
@@ -72,7 +72,12 @@ def compiled_step(sample, device, backend, dynamic):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    "sample", [Sample(n, granularity="axis0") for n in PARAMETERIZATIONS], ids=str
+    "sample",
+    [
+        *(Sample(n, granularity="axis0") for n in PARAMETERIZATIONS),
+        *(DynamicSample(n, granularity="positions") for n in DYNAMIC),
+    ],
+    ids=str,
 )
 def test_compile(sample, dynamic, device):
     compiled_step(sample, device, "aot_eager", dynamic)
@@ -85,6 +90,8 @@ def test_compile(sample, dynamic, device):
         Sample("beta_gamma", "bfloat16", "last", layout="transposed"),
         Sample("min_max", layout="expanded_gradient", strided_ranges=True),
         Sample("symmetric_scale", granularity="groups", layout="sliced"),
+        DynamicSample("dynamic_beta_gamma", "bfloat16", layout="transposed"),
+        DynamicSample("dynamic_symmetric_gamma", granularity="groups", layout="sliced"),
     ],
     ids=str,
 )
@@ -114,6 +121,28 @@ def test_one_graph_serves_all_sizes(device):
             expected = asymq.fake_quantize_symmetric_scale(x, scale, bits=8)
             assert_bit_equal(call(x, scale), expected)
     assert len(graphs) <= 4
+
+
+def test_one_graph_serves_tokens_of_all_sizes(device):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    call = torch.compile(
+        lambda x, gamma: asymq.fake_quantize_dynamic_symmetric_gamma(x, gamma, bits=8),
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+    )
+    gamma = torch.ones(1, device=device)
+    for shape in ((4, 6), (5, 9), (8, 30)):
+        x = torch.randn(shape, device=device)
+        expected = asymq.fake_quantize_dynamic_symmetric_gamma(x, gamma, bits=8)
+        assert_bit_equal(call(x, gamma), expected)
+    assert len(graphs) == 1
 
 
 def test_compiled_codes(device):
@@ -197,13 +226,14 @@ def test_autocast_keeps_the_dtype_of_x(dtype, device):
     assert [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
 
 
-def test_second_derivatives_raise(device):
+@pytest.mark.parametrize("sample", [Sample(), DynamicSample()], ids=str)
+def test_second_derivatives_raise(sample, device):
     """Never a silent zero."""
-    x, ends, _ = Sample().build(device)
-    for leaf in (x, *ends):
-        xhat = asymq.fake_quantize_min_max(x, *ends, bits=4)
+    x, learned, _ = sample.build(device)
+    for leaf in (x, *learned):
+        xhat = sample.call(asymq, x, *learned)
         (grad,) = torch.autograd.grad(xhat.square().sum(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="_fake_quantize_backward"):
+        with pytest.raises(RuntimeError, match=f"{sample.operator}_backward"):
             torch.autograd.grad(grad.sum(), leaf)
 
 
@@ -215,6 +245,11 @@ def test_unsupported_transforms_say_so(device):
         return asymq.fake_quantize_min_max(x, low, high, bits=4)
 
     assert_transforms_say_so(call, x, "fake_quantize_min_max")
+
+    def of_tokens(x):
+        return asymq.fake_quantize_dynamic_beta_gamma(x, high, high, bits=4)
+
+    assert_transforms_say_so(of_tokens, x, "fake_quantize_dynamic_beta_gamma")
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
         with pytest.raises(RuntimeError, match="jvp is not implemented"):
@@ -247,11 +282,19 @@ def test_retained_graph(device):
         torch.autograd.grad(xhat, ends[0], grad)
 
 
-def test_saves_x_and_the_ranges_only(device):
-    x, parameters, _ = Sample("beta_gamma", "bfloat16", "last").build(device)
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample("beta_gamma", "bfloat16", "last"),
+        DynamicSample("dynamic_beta_gamma", "bfloat16", "positions"),
+    ],
+    ids=str,
+)
+def test_saves_x_and_the_ranges_only(sample, device):
+    x, parameters, _ = sample.build(device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        asymq.fake_quantize_beta_gamma(x, *parameters, bits=8)
+        sample.call(asymq, x, *parameters)
     addresses = {t.data_ptr() for t in (x, *parameters)}
     assert {t.data_ptr() for t in saved} <= addresses
 

@@ -22,6 +22,8 @@ CODES = t(2, 3, dtype=torch.uint8)
 MIN_MAX = "fake_quantize_min_max"
 BETA_GAMMA = "fake_quantize_beta_gamma"
 GAMMA = "fake_quantize_symmetric_gamma"
+TOKEN = "fake_quantize_dynamic_beta_gamma"
+TOKEN_GAMMA = "fake_quantize_dynamic_symmetric_gamma"
 
 # (operator, tensors, changed keywords, message after "asymq::<operator>: ")
 ERRORS = [
@@ -36,6 +38,8 @@ ERRORS = [
             ("fake_quantize_symmetric_scale", 1),
             ("fake_quantize_symmetric_max", 1),
             (GAMMA, 2),
+            (TOKEN, 2),
+            (TOKEN_GAMMA, 1),
             ("quantize", 2),
         )
     ),
@@ -106,6 +110,25 @@ ERRORS = [
     ),
     (BETA_GAMMA, (X, ONE, ONE, ONE, LEAF), {}, "max must not require grad"),
     (GAMMA, (X, ONE, LEAF), {}, "max must not require grad"),
+    ("quantize", (X, ONE, ONE), {"full_range": True}, "full_range needs a symmetric grid"),
+    ("dequantize", (CODES, ONE, ONE), {"full_range": True}, "full_range needs a symmetric grid"),
+    (TOKEN, (t(), ONE, ONE), {}, r"x must have at least one dimension, .* got shape \[\]"),
+    (TOKEN, (X, ONE, ONE), {"group": 0}, "group must be at least 1, .* got 0"),
+    (TOKEN_GAMMA, (X, ONE), {"group": 2}, "group must divide x's last axis of 3 elements, got 2"),
+    (
+        TOKEN,
+        (X, t(2), t(2)),
+        {},
+        r"beta must have 1 value or one for each of the 1 groups of a row, .* got shape \[2\] for "
+        r"x's shape \[2, 3\]",
+    ),
+    (TOKEN_GAMMA, (X, t(2, 3)), {"group": 1}, r"gamma must have 1 value or .* got shape \[2, 3\]"),
+    (TOKEN, (X, ONE, t(2)), {}, r"gamma must have beta's shape \[1\], got \[2\]"),
+    (TOKEN, (X.long(), ONE, ONE), {}, "x must be float32, float64, bfloat16 or float16, got Long"),
+    (TOKEN, (X, HALF, HALF), {}, "beta must be float32, got BFloat16"),
+    (TOKEN_GAMMA, (X, DOUBLE), {}, "gamma must be float32, got Double"),
+    (TOKEN, (X, ONE, ONE), {"eps": 0.0}, "eps must be positive and finite, got 0"),
+    (TOKEN_GAMMA, (X, t(1, device="meta")), {}, "gamma must be on x's device cpu, got meta"),
 ]
 
 
@@ -120,6 +143,8 @@ def test_message(namespace, case):
     name, tensors, keywords, message = case
     if name.endswith("quantize") and len(tensors) == 2:
         tensors = (*tensors, None)
+    if "_dynamic_" in name:
+        keywords = {"group": None, **keywords}
     with pytest.raises(RuntimeError, match=f"asymq::{name}: {message}"):
         getattr(namespace, name)(*tensors, **{"bits": 8, **keywords})
 
@@ -130,6 +155,7 @@ def test_message(namespace, case):
         ("minmax", (ONE, ONE), {}, "minmax"),
         ("kscale_koffset", (ONE,), {"symmetric": True}, "kscale_koffset"),
         ("min_max", (ONE, ONE), {"sigmoid": True}, "sigmoid|min_max"),
+        ("min_max", (ONE, ONE), {"full_range": True}, "full_range to symmetric.*got min_max"),
         ("min_max", (ONE,), {}, "min_max"),
         ("min_max", (ONE, ONE, ONE), {}, "min_max"),
         ("min_max", (ONE, ONE), {"bits": 20}, "bits must be between 2 and 16, got 20"),

@@ -11,6 +11,7 @@ import asymq
 from asymq import reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+DYNAMIC = json.loads((GOLDEN / "dynamic_per_token.json").read_text())["cases"]
 FUNCTIONS = {
     "scale_offset": ("scale_offset", {}),
     "min_max": ("min_max", {}),
@@ -26,8 +27,8 @@ SYMMETRIC = {"scale_offset": "scale", "min_max": "max", "beta_gamma": "gamma"}
 
 
 def _cases():
-    for path in sorted(GOLDEN.glob("*.json")):
-        golden = json.loads(path.read_text())
+    for name in FUNCTIONS:
+        golden = json.loads((GOLDEN / f"{name}.json").read_text())
         for case in golden["cases"]:
             yield pytest.param(golden["param"], case, id=case["case"])
 
@@ -91,6 +92,58 @@ def test_golden(parameterization, case, module, dtype, device):
         assert (error <= tolerance).all(), f"dL/d{key} off by {(error / tolerance).max():.3g}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("module", [asymq, reference], ids=["operators", "reference"])
+@pytest.mark.parametrize("case", DYNAMIC, ids=[case["case"] for case in DYNAMIC])
+def test_golden_of_live_ranges(case, module, dtype, device):
+    def exact(values):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    kind, bits = case["kind"], case["bits"]
+    x, upstream = (exact(case[name]).to(dtype) for name in ("x", "upstream"))
+    x.requires_grad_()
+    learned = [exact(v).to(dtype).requires_grad_() for v in case["learnable"].values()]
+    keywords = {"bits": bits, "eps": case["eps"]} | ({"sigmoid": True} if case["sigmoid"] else {})
+    keywords |= {"full_range": True} if kind.endswith("full_range") else {}
+    if kind == "static_full_range":
+        ends = exact(case["theta_max"]).flatten()
+        function, constants = module.fake_quantize_symmetric_gamma, (ends[:1].to(dtype),)
+        assert (ends == ends[0]).all()
+    else:
+        name = "beta_gamma" if kind == "asymmetric" else "symmetric_gamma"
+        function, constants = getattr(module, f"fake_quantize_dynamic_{name}"), ()
+        keywords |= {"group": case["group"]}
+
+    xhat = function(x, *learned, *constants, **keywords)
+    grad_x, *grads = torch.autograd.grad(xhat, (x, *learned), upstream, retain_graph=True)
+    loosen = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(xhat.double(), exact(case["xhat"]), rtol=loosen, atol=0)
+    assert torch.equal(grad_x, exact(case["grad_x"]).to(dtype))
+
+    def of_elements(values):
+        """One value per group to one per element."""
+        values = exact(values)
+        return values.repeat_interleave(x.shape[-1] // values.shape[-1], -1)
+
+    codes = (xhat.double() / of_elements(case["s"])).round()
+    codes = codes - of_elements(case["n"]) if kind == "asymmetric" else codes
+    assert torch.equal(codes, exact(case["xbar"]))
+
+    for place in range(x.numel()):
+        one = torch.zeros_like(xhat).flatten()
+        one[place] = 1
+        partials = torch.autograd.grad(xhat, learned, one.view_as(xhat), retain_graph=True)
+        for key, partial in zip(case["learnable"], partials, strict=True):
+            expected = exact(case["partial"][key]).flatten()[place]
+            error = (partial.double().sum() - expected).abs()
+            assert error <= 3 * loosen * expected.abs().clamp_min(1), f"∂{key} at {place}"
+    for key, grad in zip(case["learnable"], grads, strict=True):
+        expected, size = exact(case["grad"][key]), exact(case["partial"][key]).abs().clamp_min(1)
+        tolerance = 3 * loosen * (upstream.double().abs() * size).sum()
+        assert ((grad.double().flatten() - expected.flatten()).abs() <= tolerance).all()
+
+
 def test_all_golden_vectors_are_here():
-    assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(FUNCTIONS)
-    assert len(list(_cases())) == 129
+    names = [*FUNCTIONS, "dynamic_per_token"]
+    assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(names)
+    assert len(list(_cases())) == 129 and len(DYNAMIC) == 12

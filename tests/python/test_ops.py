@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from compare import assert_bit_equal, assert_on_grid, assert_sums, term_sizes
-from samples import COVERING, PARAMETERIZATIONS, SAMPLES, Sample, covering
+from samples import COVERING, PARAMETERIZATIONS, SAMPLES, DynamicSample, Sample, covering
 
 import asymq
 from asymq import reference
 
 NAN, INF = math.nan, math.inf
 EVERY = [*SAMPLES, *COVERING]
+STATIC = [sample for sample in EVERY if not isinstance(sample, DynamicSample)]
 
 
 def gradients(sample, module, x, parameters, grad, **keywords):
@@ -289,7 +290,7 @@ def test_every_bit_width(bits, device):
     assert -codes.min() == codes.max() == 2 ** (bits - 1) - 1
 
 
-@pytest.mark.parametrize("sample", [s for s in EVERY if s.size != "millions"], ids=str)
+@pytest.mark.parametrize("sample", [s for s in STATIC if s.size != "millions"], ids=str)
 def test_codes_equal_reference(sample, device):
     """effective_scale_offset, quantize and dequantize over the same table."""
     x, parameters, _ = sample.build(device, requires_grad=False)
@@ -297,7 +298,7 @@ def test_codes_equal_reference(sample, device):
     name = sample.spec.function
     if symmetric:
         name = {"scale": "scale_offset", "max": "min_max", "gamma": "beta_gamma"}[name[10:]]
-    options = {"bits": sample.bits, "symmetric": symmetric, "sigmoid": sample.spec.sigmoid}
+    options = {"symmetric": symmetric, **sample.keywords()}
     scale, offset = asymq.effective_scale_offset(name, *parameters, **options)
     expected = reference.effective_scale_offset(name, *parameters, **options)
     assert (offset is None) == symmetric
@@ -307,11 +308,13 @@ def test_codes_equal_reference(sample, device):
         elif a is not None:
             assert_bit_equal(a, e)
 
-    codes = asymq.quantize(x, scale, offset, bits=sample.bits)
-    assert_bit_equal(codes.int(), reference.quantize(x, scale, offset, bits=sample.bits).int())
-    assert codes.dtype == reference.quantize(x, scale, offset, bits=sample.bits).dtype
-    values = asymq.dequantize(codes, scale, offset, bits=sample.bits)
-    assert_bit_equal(values, reference.dequantize(codes, scale, offset, bits=sample.bits))
+    options = {"bits": sample.bits, "full_range": sample.spec.full_range}
+    codes = asymq.quantize(x, scale, offset, **options)
+    expected = reference.quantize(x, scale, offset, **options)
+    assert codes.dtype == expected.dtype
+    assert_bit_equal(codes.int(), expected.int())
+    values = asymq.dequantize(codes, scale, offset, **options)
+    assert_bit_equal(values, reference.dequantize(codes, scale, offset, **options))
     assert values.dtype == scale.dtype
 
 
@@ -320,6 +323,7 @@ def test_codes_of_awkward_values(device):
     scale, offset = torch.tensor(0.5, device=device), torch.tensor(-3.0, device=device)
     assert asymq.quantize(x, scale, offset, bits=4).tolist() == [0, 15, 0, 3, 15]
     assert asymq.quantize(x, scale, bits=4).tolist() == [0, 7, -7, 0, 7]
+    assert asymq.quantize(x, scale, bits=4, full_range=True).tolist() == [0, 7, -8, 0, 7]
     assert asymq.quantize(x, scale, offset * NAN, bits=4).tolist() == [0] * 5
     assert asymq.quantize(x, scale, offset * INF, bits=4)[3:].tolist() == [15, 15]
 

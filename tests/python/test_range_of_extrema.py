@@ -35,7 +35,8 @@ EXTREMA = torch.tensor(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_against_the_reference(dtype, symmetric, force_zero, bits, device):
     ends = EXTREMA.to(device, dtype).unbind(1)
-    for options in ({}, {"fallback": 0.25, "eps": 1e-3}):
+    full_range = {"full_range": True, "eps": 1e-3}
+    for options in ({}, {"fallback": 0.25, "eps": 1e-3}, *([full_range] if symmetric else [])):
         options |= {"bits": bits, "symmetric": symmetric, "force_zero": force_zero}
         expected = reference.range_of_extrema(*ends, **options)
         for a, e in zip(range_of_extrema(*ends, **options), expected, strict=True):
@@ -57,6 +58,7 @@ def test_worked_numbers(device):
     # 15 steps of eps.
     assert call(0.0, 0.125, eps=0.125) == (0.0, 1.875, True)
     assert call(-0.125, 0.0, eps=0.125, symmetric=True) == (-0.9375, 0.9375, True)
+    assert call(-0.125, 0.0, eps=0.125, symmetric=True, full_range=True) == (-1.0, 1.0, True)
 
 
 def test_no_width_no_step(device):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from compare import assert_bit_equal, spread
-from samples import GRANULARITIES, PARAMETERIZATIONS, Sample
+from samples import (
+    DYNAMIC,
+    DYNAMIC_GRANULARITIES,
+    GRANULARITIES,
+    PARAMETERIZATIONS,
+    SIGNS,
+    DynamicSample,
+    Sample,
+)
 
 from asymq import reference
 
@@ -21,6 +29,8 @@ def _clip(q, low, high):
 
 def _compose(name, k, x, *p):
     """Eq. 1 after the formulas of eqs. 1, 3, 9 and Table 3, float64, ranges of x's shape."""
+    full_range = name.endswith("full_range")
+    name = name.removesuffix("_full_range")
     if name.endswith("sigmoid"):
         learned = (len(p) + 1) // 2
         p = (*(v.sigmoid() for v in p[:learned]), *p[learned:])
@@ -37,12 +47,14 @@ def _compose(name, k, x, *p):
         case "kscale_koffset":
             s, z = p[0] / k, k * p[1]
         case _:
+            half = (k + 1) / 2 if full_range else (k - 1) / 2 if name.startswith("token") else k / 2
             s = {
                 "symmetric_scale": lambda s: s,
-                "symmetric_max": lambda high: 2 * high / k,
-                "symmetric_gamma": lambda gamma, high: 2 * gamma * high / k,
+                "symmetric_max": lambda high: high / half,
+                "symmetric_gamma": lambda gamma, high: gamma * high / half,
+                "token_symmetric_gamma": lambda gamma, high: gamma * high / half,
             }[name](*p)
-            return s * _clip(_round(x / s), -(k - 1) / 2, (k - 1) / 2)
+            return s * _clip(_round(x / s), -(k - 1) / 2 - full_range, (k - 1) / 2)
     return s * (_clip(_round(x / s) - _round(z), 0, k) + _round(z))
 
 
@@ -59,6 +71,35 @@ def test_equals_autograd_of_the_composition(name, granularity, range):
     for a, e in zip(
         torch.autograd.grad(actual, (x, *learned), grad),
         torch.autograd.grad(expected, (x, *learned), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("granularity", DYNAMIC_GRANULARITIES)
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_live_ranges_equal_autograd_of_the_composition(name, granularity, signs):
+    sample = DynamicSample(name, "float64", granularity, bits=4, range=signs)
+    x, factors, grad = sample.build()
+    actual = sample.call(reference, x, *factors)
+
+    group = sample.keywords()["group"] or x.shape[-1]
+    blocks = x.unflatten(-1, (x.shape[-1] // group, group))
+    low, high = blocks.detach().aminmax(dim=-1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    high = torch.where(low == high, 1.0, high)  # zeros are zeros on any grid
+    ends = (low, high) if len(factors) == 2 else (torch.maximum(-low, high),)
+    static = name.removeprefix("dynamic_")
+    static = (
+        f"token_{static}" if static in ("symmetric_gamma", "symmetric_gamma_sigmoid") else static
+    )
+    expected = _compose(static, 15, blocks, *(p.unsqueeze(-1) for p in factors), *ends)
+    expected = expected.reshape(x.shape)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for a, e in zip(
+        torch.autograd.grad(actual, (x, *factors), grad),
+        torch.autograd.grad(expected, (x, *factors), grad),
         strict=True,
     ):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-11)
@@ -87,10 +128,16 @@ def test_gradients_stay_off_unless_asked_for(name):
     assert grad_x.shape == x.shape
 
 
-@pytest.mark.parametrize("granularity", ["one", "axis0", "groups"])
-def test_compiles(granularity):
+@pytest.mark.parametrize(
+    "sample",
+    [
+        *(Sample("beta_gamma_sigmoid", granularity=g) for g in ("one", "axis0", "groups")),
+        *(DynamicSample("dynamic_beta_gamma_sigmoid", granularity=g) for g in ("token", "groups")),
+    ],
+    ids=str,
+)
+def test_compiles(sample):
     """It is the compiled baseline of the benchmarks."""
-    sample = Sample("beta_gamma_sigmoid", granularity=granularity)
     x, parameters, grad = sample.build()
 
     def step(call):
@@ -114,10 +161,15 @@ def test_errors():
         reference.effective_scale_offset("kscale_koffset", one, bits=8, symmetric=True)
 
 
-@pytest.mark.parametrize("granularity", ["one", "last"])
-@pytest.mark.parametrize("name", PARAMETERIZATIONS)
-def test_torch_func(name, granularity):
-    sample = Sample(name, granularity=granularity)
+@pytest.mark.parametrize(
+    "sample",
+    [
+        *(Sample(name, granularity=g) for name in PARAMETERIZATIONS for g in ("one", "last")),
+        *(DynamicSample(name, granularity="positions") for name in DYNAMIC),
+    ],
+    ids=str,
+)
+def test_torch_func(sample):
     x, parameters, grad = sample.build()
     learned = len(sample.spec.learned)
 

@@ -9,6 +9,8 @@
 //           [C, K/G] groups of G along the last axis.
 //   bits    2 to 16; k = 2^bits - 1.
 //   eps     least effective scale: s = max(raw s, eps), the gradient passes straight through.
+//   full_range  of a symmetric grid: one more step below zero, codes -(k+1)/2 to (k-1)/2, such as
+//           -8 to 7 with 4 bits, and k + 1 for k in the scale.
 // A grid starts at s·rint(z): torch's zero_point is -rint(z) with quant_min 0 and quant_max k.
 // Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
 // Ranges for Quantization-Aware Training", exact also for ranges without zero, collapsed and
@@ -49,27 +51,48 @@ at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& k
 
 /// Symmetric grid with indices ±(k-1)/2 and a learned scale s (eq. 10).
 at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale, int64_t bits,
-                                         double eps = 1e-8);
+                                         double eps = 1e-8, bool full_range = false);
 
 /// Symmetric grid with a learned end θmax: s = 2θmax/k.
 at::Tensor fake_quantize_symmetric_max(const at::Tensor& x, const at::Tensor& max, int64_t bits,
-                                       double eps = 1e-8);
+                                       double eps = 1e-8, bool full_range = false);
 
 /// Symmetric grid with a learned factor on a constant end: s = 2γ·max/k, or 2σ(γ)·max/k with
 /// sigmoid. max must not require grad.
 at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
                                          const at::Tensor& max, int64_t bits, bool sigmoid = false,
-                                         double eps = 1e-8);
+                                         double eps = 1e-8, bool full_range = false);
+
+/// Learned factors on the live range of every token: x is [..., D], and each group of `group`
+/// consecutive elements of the last axis (none: all D, the token) has the range of its own
+/// elements, with zero in it,
+///     θmin = min(0, min x), θmax = max(0, max x),  s = (γθmax - βθmin)/k, z = βθmin/s (eq. 3),
+/// or σ(β) and σ(γ) with sigmoid. θmin and θmax are constants to the gradient.
+/// beta, gamma: of one shape, with one value or D/group (one per position in the token), which all
+/// tokens share; float32 (float64 allowed where x is float64). A NaN or infinity makes its own
+/// group NaN and no other. Saves x alone.
+at::Tensor fake_quantize_dynamic_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
+                                            const at::Tensor& gamma, std::optional<int64_t> group,
+                                            int64_t bits, bool sigmoid = false, double eps = 1e-8);
+
+/// The same with a symmetric grid: θmax = max |x|, s = γθmax/h with h = (k-1)/2, so that at γ = 1
+/// the largest element is on the grid; in full range h = (k+1)/2.
+at::Tensor fake_quantize_dynamic_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
+                                                 std::optional<int64_t> group, int64_t bits,
+                                                 bool sigmoid = false, bool full_range = false,
+                                                 double eps = 1e-8);
 
 /// Integer codes, without gradient. With offset clip(rint(x/s) - rint(z), 0, k): uint8 up to 8
-/// bits, else int32. Without offset (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2): int8 up to 8
-/// bits, else int16. NaN gives code 0.
+/// bits, else int32. Without offset (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2), in full range
+/// from -(k+1)/2: int8 up to 8 bits, else int16. NaN gives code 0. full_range needs no offset.
 at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale,
-                    const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8);
+                    const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8,
+                    bool full_range = false);
 
 /// The values s·(code + rint(z)) of quantize's codes, in scale's dtype, without gradient.
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                      const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8);
+                      const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8,
+                      bool full_range = false);
 
 /// Guarded scale s and offset z (none if symmetric) of a parameterization: "scale_offset",
 /// "min_max", "beta_gamma" or "kscale_koffset", whose symmetric counterparts learn s, θmax and γ.
@@ -77,7 +100,7 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
 /// Without gradient.
 std::tuple<at::Tensor, std::optional<at::Tensor>> effective_scale_offset(
     std::string_view parameterization, at::TensorList parameters, int64_t bits,
-    bool symmetric = false, bool sigmoid = false, double eps = 1e-8);
+    bool symmetric = false, bool sigmoid = false, double eps = 1e-8, bool full_range = false);
 
 /// The learned parameters that have the range [min, max], one or two in the order of the function
 /// of that name (Table 3): what learning starts from. A factor on constant ends starts at 1, or at
@@ -88,7 +111,7 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> effective_scale_offset(
 std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
                                             const at::Tensor& min, const at::Tensor& max,
                                             int64_t bits, bool symmetric = false,
-                                            bool sigmoid = false);
+                                            bool sigmoid = false, bool full_range = false);
 
 /// The range to start learning from where min and max are the smallest and largest value that were
 /// seen, and where it has to be a guess: (min, max, without_width).
@@ -96,14 +119,14 @@ std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
 /// symmetric: ±max(-min, max). Else [min, max], with zero put inside if `force_zero`, and otherwise
 /// only where the values do not vary (by no more than 1e-6 of the larger end): one value says
 /// nothing but its distance from 0. Where all values seen were 0, ±fallback. No range is narrower
-/// than k·eps, where the guard of the scale would hold it. without_width tells where one of the
-/// last two rules decided.
+/// than k·eps ((k+1)·eps in full range), where the guard of the scale would hold it. without_width
+/// tells where one of the last two rules decided.
 ///
 /// min, max: float32 or float64, of one shape, dtype and device, which the results have too, but
 /// for the bool without_width. Finite values are the caller's to see to. Without gradient.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(
     const at::Tensor& min, const at::Tensor& max, int64_t bits, bool symmetric = false,
-    bool force_zero = true, double fallback = 1.0, double eps = 1e-8);
+    bool force_zero = true, double fallback = 1.0, double eps = 1e-8, bool full_range = false);
 
 /// A quantizer with one range, as the functions take it that do more than quantize.
 /// parameterization, parameters and the rest are those of effective_scale_offset; every parameter
@@ -115,6 +138,7 @@ struct RangeArguments {
   bool symmetric = false;
   bool sigmoid = false;
   double eps = 1e-8;
+  bool full_range = false;
 };
 
 }  // namespace asymq

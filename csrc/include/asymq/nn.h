@@ -50,7 +50,15 @@ struct PerGroup {
   int64_t axis = -1;
 };
 
-using Granularity = std::variant<PerTensor, PerChannel, PerGroup>;
+/// The live range of every token, or of every group of `group` elements of its last axis, with zero
+/// in it, on factors that all tokens share (fake_quantize_dynamic_*): one of each, or with groups
+/// one per group of the last of QuantizerOptions::sizes. They are known at once: calibration passes
+/// such a quantizer by. beta_gamma without fix_min alone, and no weight's.
+struct PerToken {
+  std::optional<int64_t> group = std::nullopt;
+};
+
+using Granularity = std::variant<PerTensor, PerChannel, PerGroup, PerToken>;
 
 /// What a quantizer is.
 struct QuantizerOptions {
@@ -63,6 +71,9 @@ struct QuantizerOptions {
   /// "scale_offset", "min_max", "beta_gamma" or "kscale_koffset" (which has no symmetric
   /// counterpart).
   TORCH_ARG(std::string, parameterization) = "beta_gamma";
+
+  /// One more step below zero, such as -8 to 7 with 4 bits; symmetric alone.
+  TORCH_ARG(bool, full_range) = false;
 
   /// The factors are σ(β) and σ(γ); beta_gamma alone.
   TORCH_ARG(bool, sigmoid) = false;
@@ -88,7 +99,8 @@ struct QuantizerOptions {
 /// Quantizes one tensor: an activation, or the weight of the layer it belongs to.
 ///
 /// Its range tensors have shape [1] per tensor; else they have the dimensions of `sizes`: [C] for
-/// an activation of C channels, [out, 1] for the rows of a weight, [out, in / size] for groups.
+/// an activation of C channels, [out, 1] for the rows of a weight, [out, in / size] for groups. The
+/// factors per token have shape [1], or [C / group].
 class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
  public:
   enum class State {
@@ -105,7 +117,7 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   /// x on its grid, of x's dtype; what x may be, see fake_quantize.h.
   at::Tensor forward(const at::Tensor& x);
 
-  /// Starts to record, from nothing.
+  /// Starts to record, from nothing; nothing at all per token.
   void start_observing();
 
   /// Makes what was recorded the range, as range_of_extrema does, and quantizes from then on.
@@ -114,10 +126,11 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   bool finish_observing(bool force_zero = true, double fallback = 1.0);
 
   /// Makes [low, high] the range and its parameters' first values. low, high: of the range tensors'
-  /// shape, or one element. A symmetric quantizer looks at high alone.
+  /// shape, or one element. A symmetric quantizer looks at high alone. Error per token, where the
+  /// range is that of x.
   void set_range(const at::Tensor& low, const at::Tensor& high);
 
-  /// Forgets the range.
+  /// Forgets the range; per token, what the factors have learned.
   void clear_range();
 
   /// Whether the range is set, which the tensors alone say: they are NaN before. Reading them waits
@@ -139,6 +152,9 @@ class QuantizerImpl : public torch::nn::Cloneable<QuantizerImpl> {
   State state = State::quantizing;
 
  private:
+  bool per_token() const;
+  /// The value of a learned tensor before calibration.
+  double uncalibrated() const;
   /// Bits, parameterization and so on in words: what a saved state must agree in.
   std::string describe() const;
   /// The range tensors' shape against x.

@@ -6,9 +6,8 @@
 //   scale_offset(range)  parameters -> guarded scale s and offset z, in the parameters' type P and
 //                        exactly in the order written: CPU, CUDA and reference must round z alike,
 //   gradient(...)        sums -> gradients of the learned parameters, in double,
-//   first_values(...)    ends of a range and k -> the learned parameters that have this range, for
-//                        double and for tensor types T; one that does not depend on the range is a
-//                        double,
+//   first_values(...)    ends of a range -> the learned parameters that have this range, for double
+//                        and for tensor types T; one that does not depend on the range is a double,
 // and one entry in `Parameterizations` at the end.
 #pragma once
 
@@ -40,12 +39,21 @@ struct Sums {
   T inside, below, above;
 };
 
+/// What divided by gives the scale: the width of an asymmetric range by `width` = k, the end θmax
+/// of a symmetric one by `end` = k/2 (eq. 10 prints b for k; Table 3 shows that k is meant), in
+/// full range (k + 1)/2, of a token (k - 1)/2 (live_range.h).
+template <class P>
+struct Divisors {
+  P width, end;
+};
+
 /// One range's grid in double, as the gradients need it.
 struct GridPoint {
   double scale;          ///< s
   double lower, upper;   ///< n, p
   double steps;          ///< k
   double inverse_steps;  ///< 1/k
+  double inverse_end;    ///< 1/Divisors::end
   double zeta;           ///< ζ/k = (rint(z) - z)/k
 };
 
@@ -61,6 +69,7 @@ struct Traits {
   const char* name;
   const char* family;
   bool symmetric, sigmoid;
+  bool full_range;  ///< symmetric, with one more step below zero: codes -(k+1)/2 to (k-1)/2
   const char* first;
   const char* second;
   const char* min;
@@ -109,9 +118,27 @@ ASYMQ_HOST_DEVICE double max_gradient(const GridPoint& grid, const Sums<double>&
 
 /// s and z of a range given by its ends (eq. 1).
 template <class P>
-ASYMQ_HOST_DEVICE ScaleOffset<P> scale_offset_of_ends(P min, P max, P steps, P eps) {
-  const P scale = guard_scale((max - min) / steps, eps);
+ASYMQ_HOST_DEVICE ScaleOffset<P> scale_offset_of_ends(P min, P max, const Divisors<P>& by, P eps) {
+  const P scale = guard_scale((max - min) / by.width, eps);
   return {scale, min / scale};
+}
+
+/// s of a symmetric range given by its end (Table 3).
+template <class P>
+ASYMQ_HOST_DEVICE ScaleOffset<P> scale_of_end(P max, const Divisors<P>& by, P eps) {
+  return {guard_scale(max / by.end, eps), P(0)};
+}
+
+/// β or γ as it is applied.
+template <bool kSigmoid, class P>
+ASYMQ_HOST_DEVICE P factor_of(P learned) {
+  return kSigmoid ? static_cast<P>(sigmoid(learned)) : learned;
+}
+
+/// d(factor_of)/d(learned).
+template <bool kSigmoid>
+ASYMQ_HOST_DEVICE double factor_derivative(double learned) {
+  return kSigmoid ? sigmoid_derivative(learned) : 1.0;
 }
 
 /// First value of a factor on a constant end: 1, or 4 under a sigmoid (Table 3), where it is nearly
@@ -120,11 +147,12 @@ template <bool kSigmoid>
 inline constexpr double kFirstFactor = kSigmoid ? 4.0 : 1.0;
 
 struct ScaleOffsetParameterization {
-  static constexpr Traits traits{"scale_offset", "scale_offset", false, false,
+  static constexpr Traits traits{"scale_offset", "scale_offset", false, false, false,
                                  "scale",        "offset",       "",    ""};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P, P eps) {
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>&,
+                                                       P eps) {
     return {guard_scale(range.first, eps), range.second};
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
@@ -132,25 +160,26 @@ struct ScaleOffsetParameterization {
     return {scale_gradient(grid, sums), offset_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T& low, const T& high, double steps) {
-    const T scale = (high - low) / steps;
+  static auto first_values(const T& low, const T& high, const Divisors<double>& by) {
+    const T scale = (high - low) / by.width;
     return std::pair(scale, T(low / scale));
   }
 };
 
 struct MinMax {
-  static constexpr Traits traits{"min_max", "min_max", false, false, "min", "max", "", ""};
+  static constexpr Traits traits{"min_max", "min_max", false, false, false, "min", "max", "", ""};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
-    return scale_offset_of_ends(range.first, range.second, steps, eps);
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
+                                                       P eps) {
+    return scale_offset_of_ends(range.first, range.second, by, eps);
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
     return {min_gradient(grid, sums), max_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T& low, const T& high, double) {
+  static auto first_values(const T& low, const T& high, const Divisors<double>&) {
     return std::pair(low, high);
   }
 };
@@ -158,36 +187,35 @@ struct MinMax {
 /// θmin and θmax scaled by β and γ, or by σ(β) and σ(γ) (eq. 3).
 template <bool kSigmoid>
 struct BetaGamma {
-  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, kSigmoid,
+  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, kSigmoid, false,
                                  "beta",       "gamma",      "min", "max"};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
-    const P beta = kSigmoid ? static_cast<P>(sigmoid(range.first)) : range.first;
-    const P gamma = kSigmoid ? static_cast<P>(sigmoid(range.second)) : range.second;
-    return scale_offset_of_ends(beta * range.min, gamma * range.max, steps, eps);
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
+                                                       P eps) {
+    return scale_offset_of_ends(factor_of<kSigmoid>(range.first) * range.min,
+                                factor_of<kSigmoid>(range.second) * range.max, by, eps);
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    const double beta = kSigmoid ? sigmoid_derivative(range.first) : 1.0;
-    const double gamma = kSigmoid ? sigmoid_derivative(range.second) : 1.0;
-    return {beta * range.min * min_gradient(grid, sums),
-            gamma * range.max * max_gradient(grid, sums)};
+    return {factor_derivative<kSigmoid>(range.first) * range.min * min_gradient(grid, sums),
+            factor_derivative<kSigmoid>(range.second) * range.max * max_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T&, const T&, double) {
+  static auto first_values(const T&, const T&, const Divisors<double>&) {
     return std::pair(kFirstFactor<kSigmoid>, kFirstFactor<kSigmoid>);
   }
 };
 
 /// s = s'/k, z = k·z' (eq. 9): scale and offset freed of the bit width.
 struct KscaleKoffset {
-  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false,
+  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false, false,
                                  "kscale",         "koffset",        "",    ""};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
-    return {guard_scale(range.first / steps, eps), steps * range.second};
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
+                                                       P eps) {
+    return {guard_scale(range.first / by.width, eps), by.width * range.second};
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
@@ -195,18 +223,20 @@ struct KscaleKoffset {
             grid.steps * offset_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T& low, const T& high, double) {
+  static auto first_values(const T& low, const T& high, const Divisors<double>&) {
     const T kscale = high - low;
     return std::pair(kscale, T(low / kscale));
   }
 };
 
+template <bool kFullRange>
 struct SymmetricScale {
   static constexpr Traits traits{
-      "symmetric_scale", "scale_offset", true, false, "scale", "", "", ""};
+      "symmetric_scale", "scale_offset", true, false, kFullRange, "scale", "", "", ""};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P, P eps) {
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>&,
+                                                       P eps) {
     return {guard_scale(range.first, eps), P(0)};
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
@@ -214,47 +244,51 @@ struct SymmetricScale {
     return {scale_gradient(grid, sums), 0.0};
   }
   template <class T>
-  static auto first_values(const T&, const T& high, double steps) {
-    return std::pair(T(2.0 * high / steps), 0.0);
+  static auto first_values(const T&, const T& high, const Divisors<double>& by) {
+    return std::pair(T(high / by.end), 0.0);
   }
 };
 
-/// s = 2θmax/k (eq. 10 prints b for k; Table 3 shows that k is meant).
+/// s = 2θmax/k, in full range 2θmax/(k + 1).
+template <bool kFullRange>
 struct SymmetricMax {
-  static constexpr Traits traits{"symmetric_max", "min_max", true, false, "max", "", "", ""};
+  static constexpr Traits traits{"symmetric_max", "min_max", true, false, kFullRange,
+                                 "max",           "",        "",   ""};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
-    return {guard_scale(P(2) * range.first / steps, eps), P(0)};
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
+                                                       P eps) {
+    return scale_of_end(range.first, by, eps);
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>&, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    return {2.0 * grid.inverse_steps * scale_gradient(grid, sums), 0.0};
+    return {grid.inverse_end * scale_gradient(grid, sums), 0.0};
   }
   template <class T>
-  static auto first_values(const T&, const T& high, double) {
+  static auto first_values(const T&, const T& high, const Divisors<double>&) {
     return std::pair(high, 0.0);
   }
 };
 
-/// s = 2γθmax/k, or 2σ(γ)θmax/k (Table 3).
-template <bool kSigmoid>
+/// s = 2γθmax/k, or 2σ(γ)θmax/k (Table 3), in full range with k + 1 for k.
+template <bool kSigmoid, bool kFullRange>
 struct SymmetricGamma {
-  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kSigmoid,
+  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kSigmoid, kFullRange,
                                  "gamma",           "",           "",   "max"};
 
   template <class P>
-  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, P steps, P eps) {
-    const P gamma = kSigmoid ? static_cast<P>(sigmoid(range.first)) : range.first;
-    return {guard_scale(P(2) * gamma * range.max / steps, eps), P(0)};
+  ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
+                                                       P eps) {
+    return scale_of_end(factor_of<kSigmoid>(range.first) * range.max, by, eps);
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    const double gamma = kSigmoid ? sigmoid_derivative(range.first) : 1.0;
-    return {gamma * range.max * (2.0 * grid.inverse_steps) * scale_gradient(grid, sums), 0.0};
+    return {factor_derivative<kSigmoid>(range.first) * range.max * grid.inverse_end *
+                scale_gradient(grid, sums),
+            0.0};
   }
   template <class T>
-  static auto first_values(const T&, const T&, double) {
+  static auto first_values(const T&, const T&, const Divisors<double>&) {
     return std::pair(kFirstFactor<kSigmoid>, 0.0);
   }
 };
@@ -267,26 +301,32 @@ struct ParameterizationList {
 /// All parameterizations. Kernels and the dispatcher know one by its position here.
 using Parameterizations =
     ParameterizationList<ScaleOffsetParameterization, MinMax, BetaGamma<false>, BetaGamma<true>,
-                         KscaleKoffset, SymmetricScale, SymmetricMax, SymmetricGamma<false>,
-                         SymmetricGamma<true>>;
+                         KscaleKoffset, SymmetricScale<false>, SymmetricMax<false>,
+                         SymmetricGamma<false, false>, SymmetricGamma<true, false>,
+                         SymmetricScale<true>, SymmetricMax<true>, SymmetricGamma<false, true>,
+                         SymmetricGamma<true, true>>;
 
-/// Bit i tells whether the parameterization at position i is symmetric.
-constexpr uint32_t symmetric_bits() {
+/// Bit i tells whether the parameterization at position i has a property.
+constexpr uint32_t bits_of(bool Traits::*property) {
   uint32_t bits = 0, bit = 1;
   for (const Traits& traits : Parameterizations::traits) {
-    if (traits.symmetric) bits |= bit;
+    if (traits.*property) bits |= bit;
     bit <<= 1;
   }
   return bits;
 }
 
-inline constexpr uint32_t kSymmetricBits = symmetric_bits();
+inline constexpr uint32_t kSymmetricBits = bits_of(&Traits::symmetric);
+inline constexpr uint32_t kSigmoidBits = bits_of(&Traits::sigmoid);
+inline constexpr uint32_t kFullRangeBits = bits_of(&Traits::full_range);
 
 /// Position of the parameterization with these traits, or -1.
-constexpr int find_parameterization(std::string_view family, bool symmetric, bool sigmoid) {
+constexpr int find_parameterization(std::string_view family, bool symmetric, bool sigmoid,
+                                    bool full_range = false) {
   int position = 0;
   for (const Traits& traits : Parameterizations::traits) {
-    if (traits.family == family && traits.symmetric == symmetric && traits.sigmoid == sigmoid) {
+    if (traits.family == family && traits.symmetric == symmetric && traits.sigmoid == sigmoid &&
+        traits.full_range == full_range) {
       return position;
     }
     ++position;
@@ -302,38 +342,63 @@ ASYMQ_HOST_DEVICE void visit_parameterization(int id, ParameterizationList<Ps...
   ((position++ == id ? visitor(Ps{}) : void()), ...);
 }
 
-/// A kind of quantizer: the parameterization (its position in Parameterizations), bits and guard.
+/// A kind of quantizer: the parameterization (its position in Parameterizations), bits and guard,
+/// and what follows from them, so that no kernel divides in double.
 struct QuantizerKind {
   int parameterization;
   int bits;
   double eps;
-  double inverse_steps;  ///< 1/k, so that no kernel divides in double
+  double inverse_steps;     ///< 1/k
+  double end, inverse_end;  ///< Divisors::end and its reciprocal
+
+  template <class P>
+  ASYMQ_HOST_DEVICE Divisors<P> divisors() const {
+    return {grid_steps<P>(bits), static_cast<P>(end)};
+  }
 };
 
-constexpr QuantizerKind make_kind(int64_t parameterization, int64_t bits, double eps) {
-  return {static_cast<int>(parameterization), static_cast<int>(bits), eps,
-          1.0 / static_cast<double>((int64_t{1} << bits) - 1)};
-}
-
-/// Guarded s and z of one range. A NaN offset makes the scale NaN: compare and select alone would
-/// let it through to finite results.
-template <class P>
-ASYMQ_HOST_DEVICE ScaleOffset<P> effective_scale_offset(const QuantizerKind& kind,
-                                                        const Range<P>& range) {
-  ScaleOffset<P> result{};
-  visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
-    result =
-        parameterization.scale_offset(range, grid_steps<P>(kind.bits), static_cast<P>(kind.eps));
-  });
-  if (result.offset != result.offset) result.scale = result.offset;
-  return result;
+/// token: of a live range that has the largest element on the grid (live_range.h).
+constexpr QuantizerKind make_kind(int64_t parameterization, int64_t bits, double eps,
+                                  bool token = false) {
+  const auto steps = static_cast<double>((int64_t{1} << bits) - 1);
+  const bool full_range = (kFullRangeBits >> parameterization & 1) != 0;
+  const double end = (full_range ? steps + 1 : token ? steps - 1 : steps) / 2;
+  return {static_cast<int>(parameterization), static_cast<int>(bits), eps, 1 / steps, end, 1 / end};
 }
 
 ASYMQ_HOST_DEVICE bool is_symmetric(const QuantizerKind& kind) {
   return (kSymmetricBits >> kind.parameterization & 1) != 0;
 }
 
-/// First and last integer code of quantize: 0 and k, or ±(k-1)/2 if symmetric.
+ASYMQ_HOST_DEVICE bool has_sigmoid(const QuantizerKind& kind) {
+  return (kSigmoidBits >> kind.parameterization & 1) != 0;
+}
+
+ASYMQ_HOST_DEVICE bool has_full_range(const QuantizerKind& kind) {
+  return (kFullRangeBits >> kind.parameterization & 1) != 0;
+}
+
+/// A NaN offset makes the scale NaN: compare and select alone would let it through to finite
+/// results.
+template <class P>
+ASYMQ_HOST_DEVICE ScaleOffset<P> show_nan(ScaleOffset<P> result) {
+  if (result.offset != result.offset) result.scale = result.offset;
+  return result;
+}
+
+/// Guarded s and z of one range.
+template <class P>
+ASYMQ_HOST_DEVICE ScaleOffset<P> effective_scale_offset(const QuantizerKind& kind,
+                                                        const Range<P>& range) {
+  ScaleOffset<P> result{};
+  visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
+    result = parameterization.scale_offset(range, kind.divisors<P>(), static_cast<P>(kind.eps));
+  });
+  return show_nan(result);
+}
+
+/// First and last integer code of quantize: 0 and k, or ±(k-1)/2 if symmetric, with one code more
+/// below in full range.
 template <class T>
 struct CodeRange {
   T first, last;
@@ -343,7 +408,8 @@ template <class T>
 ASYMQ_HOST_DEVICE CodeRange<T> code_range(const QuantizerKind& kind) {
   const T steps = grid_steps<T>(kind.bits);
   const T limit = (steps - 1) / 2;
-  return is_symmetric(kind) ? CodeRange<T>{-limit, limit} : CodeRange<T>{T(0), steps};
+  if (!is_symmetric(kind)) return {T(0), steps};
+  return {has_full_range(kind) ? -limit - 1 : -limit, limit};
 }
 
 /// The grid of one range for elements of compute type T.
@@ -359,24 +425,33 @@ ASYMQ_HOST_DEVICE Grid<T> make_grid(const QuantizerKind& kind, const Range<P>& r
   return make_grid<T>(kind, effective_scale_offset(kind, range));
 }
 
+/// T is the compute type of the elements whose sums will go with it: n and p are theirs.
+template <class T, class P>
+ASYMQ_HOST_DEVICE GridPoint make_grid_point(const QuantizerKind& kind,
+                                            const ScaleOffset<P>& effective) {
+  const Grid<T> grid = make_grid<T>(kind, effective);
+  const double lower = static_cast<double>(grid.lower);
+  return {static_cast<double>(grid.scale),
+          lower,
+          static_cast<double>(grid.upper),
+          grid_steps<double>(kind.bits),
+          kind.inverse_steps,
+          kind.inverse_end,
+          (lower - static_cast<double>(effective.offset)) * kind.inverse_steps};
+}
+
 /// What turns one range's sums into gradients: its parameters and its grid, in double.
 struct RangeGradientMap {
   Range<double> range;
   GridPoint grid;
 };
 
-/// T is the compute type of the elements whose sums these will be: n and p are theirs.
 template <class T, class P>
 ASYMQ_HOST_DEVICE RangeGradientMap make_gradient_map(const QuantizerKind& kind,
                                                      const Range<P>& range) {
-  const ScaleOffset<P> effective = effective_scale_offset(kind, range);
-  const Grid<T> grid = make_grid<T>(kind, effective);
-  const double lower = static_cast<double>(grid.lower);
   return {{static_cast<double>(range.first), static_cast<double>(range.second),
            static_cast<double>(range.min), static_cast<double>(range.max)},
-          {static_cast<double>(grid.scale), lower, static_cast<double>(grid.upper),
-           grid_steps<double>(kind.bits), kind.inverse_steps,
-           (lower - static_cast<double>(effective.offset)) * kind.inverse_steps}};
+          make_grid_point<T>(kind, effective_scale_offset(kind, range))};
 }
 
 /// Gradients of the learned parameters of one range from its three sums.

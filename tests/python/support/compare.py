@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from samples import DynamicSample
 from torch import Tensor
 
 
@@ -97,6 +98,13 @@ def term_sizes(sample, module, x: Tensor, parameters: tuple[Tensor, ...], grad: 
 
     With a range of its own for every element, each "sum" that `module` returns is one term.
     """
+    if isinstance(sample, DynamicSample):
+        static, of_groups = sample.static(x, parameters)
+        sizes = term_sizes(static, module, x, of_groups, grad)
+        return [
+            (size.sum() if p.numel() == 1 else size.flatten(0, -2).sum(0)).reshape(p.shape)
+            for size, p in zip(sizes, parameters, strict=True)
+        ]
     learned = len(sample.spec.learned)
     own = [spread(p.detach(), x.shape) for p in parameters]
     for parameter in own[:learned]:

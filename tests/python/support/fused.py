@@ -25,12 +25,15 @@ def quantizer(name: str, low: float, high: float, dtype, device, bits=8) -> Rang
     family = {"scale": "scale_offset", "max": "min_max", "gamma": "beta_gamma"}
     function = row.function.removeprefix("symmetric_")
     parameterization = family[function] if symmetric else function
-    return RangeArguments(parameterization, tuple(tensors), bits, symmetric, row.sigmoid)
+    return RangeArguments(
+        parameterization, tuple(tensors), bits, symmetric, row.sigmoid, full_range=row.full_range
+    )
 
 
 def fake_quantize(x: Tensor, name: str, range_: RangeArguments) -> Tensor:
     row = PARAMETERIZATIONS[name]
     options = {"sigmoid": True} if row.sigmoid else {}
+    options |= {"full_range": True} if row.full_range else {}
     function = getattr(asymq, f"fake_quantize_{row.function}")
     return function(x, *range_.parameters, bits=range_.bits, **options)
 
@@ -47,6 +50,7 @@ def scale_of(range_: RangeArguments) -> Tensor:
         symmetric=range_.symmetric,
         sigmoid=range_.sigmoid,
         eps=range_.eps,
+        full_range=range_.full_range,
     )
     return scale
 

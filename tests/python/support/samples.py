@@ -1,7 +1,8 @@
 """The one table of inputs that the operator, opcheck, compile and CUDA tests share.
 
-A Sample names a point of the space of inputs; `build` makes its tensors. SAMPLES is picked by hand,
-COVERING is generated such that every pair of values of any two factors occurs in it.
+A Sample names a point of the space of inputs, a DynamicSample one of the operators whose ends are
+those of x; `build` makes its tensors. SAMPLES is picked by hand, COVERING is generated such that
+every pair of values of any two factors occurs in it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Parameterization(NamedTuple):
     fixed: tuple[str, ...]
     sigmoid: bool
     from_range: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
+    full_range: bool = False
 
 
 def _scale_offset(low, high, k):
@@ -83,6 +85,19 @@ PARAMETERIZATIONS = {
         True,
         lambda low, high, k: (torch.full_like(low, 1.25), _half(low, high) / 0.7773),
     ),
+}
+for _name in [name for name in PARAMETERIZATIONS if name.startswith("symmetric")]:
+    PARAMETERIZATIONS[f"{_name}_full_range"] = PARAMETERIZATIONS[_name]._replace(full_range=True)
+
+# The factors alone: the ends are those of x.
+DYNAMIC = {
+    f"dynamic_{name}": row._replace(
+        function=f"dynamic_{row.function}",
+        fixed=(),
+        from_range=lambda low, high, k, row=row: row.from_range(low, high, k)[: len(row.learned)],
+    )
+    for name, row in PARAMETERIZATIONS.items()
+    if row.learned[-1] == "gamma"
 }
 
 # (dtype of x, dtype of the ranges)
@@ -206,6 +221,8 @@ class Sample:
         parts = (getattr(self, field.name) for field in dataclasses.fields(self))
         return "-".join(str(part) for part in parts if part is not False)
 
+    operator = "_fake_quantize"  # what the public operator calls
+
     @property
     def spec(self) -> Parameterization:
         return PARAMETERIZATIONS[self.parameterization]
@@ -239,7 +256,8 @@ class Sample:
         return torch.stack((parameter, torch.zeros_like(parameter)), dim=-1)[..., 0].detach()
 
     def keywords(self) -> dict:
-        return {"bits": self.bits} | ({"sigmoid": True} if self.spec.sigmoid else {})
+        options = {"sigmoid": self.spec.sigmoid, "full_range": self.spec.full_range}
+        return {"bits": self.bits} | {name: True for name, value in options.items() if value}
 
     def call(self, module, x: Tensor, *parameters: Tensor, **keywords) -> Tensor:
         """The parameterization's function of `module`: asymq or asymq.reference."""
@@ -249,7 +267,78 @@ class Sample:
     def dispatcher_arguments(self, x: Tensor, *parameters: Tensor, eps: float = 1e-8) -> tuple:
         """The same call for torch.ops.asymq, where everything is positional."""
         sigmoid = (self.spec.sigmoid,) if self.spec.fixed else ()
-        return (x, *parameters, self.bits, *sigmoid, eps)
+        symmetric = self.spec.function.startswith("symmetric")
+        full_range = (self.spec.full_range,) if symmetric else ()
+        return (x, *parameters, self.bits, *sigmoid, eps, *full_range)
+
+
+# How the last axis is cut: the size of a group, and how many factors there are.
+DYNAMIC_GRANULARITIES: dict[str, Callable[[int], tuple[int | None, int]]] = {
+    "token": lambda size: (None, 1),
+    "groups": lambda size: (size // _blocks(size), 1),
+    "positions": lambda size: (size // _blocks(size), _blocks(size)),
+}
+
+SIGNS = {
+    "both": lambda x: x,
+    "positive": torch.abs,
+    "negative": lambda x: -x.abs(),
+    "zeros": lambda x: x * torch.tensor([0.0, 1.0])[torch.arange(x.shape[2]) % 2, None],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicSample(Sample):
+    """Of an operator that takes each group's ends from x. range: the signs of x."""
+
+    parameterization: str = "dynamic_beta_gamma"
+    granularity: str = "token"
+    range: str = "both"
+
+    operator = "_fake_quantize_dynamic"
+
+    @property
+    def spec(self) -> Parameterization:
+        return DYNAMIC[self.parameterization]
+
+    def _cut(self) -> tuple[int | None, int]:
+        return DYNAMIC_GRANULARITIES[self.granularity](SIZES[self.size][-1])
+
+    def build(self, device: torch.device | str = "cpu", requires_grad: bool = True) -> Inputs:
+        generator = torch.Generator().manual_seed(7)
+        dtype, factor_dtype = DTYPES[self.dtype]
+        shape, k = SIZES[self.size], 2**self.bits - 1
+        layout, grad_layout = LAYOUTS[self.layout]
+
+        x = SIGNS[self.range](torch.randn(shape, generator=generator)).to(dtype)
+        x = _values(self.values, x, -1.1, 1.7, k)
+        grad = torch.randn(shape, generator=generator).to(dtype)
+        count = self._cut()[1]
+        spread = 1 + torch.rand(count, generator=generator).to(factor_dtype) / 2
+        factors = [p * spread for p in self.spec.from_range(-spread, spread, k)]
+
+        x = layout(x.to(device)).detach().requires_grad_(requires_grad)
+        parameters = [self._place(p.to(device)).requires_grad_(requires_grad) for p in factors]
+        return Inputs(x, tuple(parameters), grad_layout(grad.to(device)))
+
+    def keywords(self) -> dict:
+        return super().keywords() | {"group": self._cut()[0]}
+
+    def dispatcher_arguments(self, x: Tensor, *parameters: Tensor, eps: float = 1e-8) -> tuple:
+        full_range = (self.spec.full_range,) if len(self.spec.learned) == 1 else ()
+        group = self._cut()[0]
+        return (x, *parameters, group, self.bits, self.spec.sigmoid, *full_range, eps)
+
+    def static(self, x: Tensor, factors: tuple[Tensor, ...]) -> tuple[Sample, tuple[Tensor, ...]]:
+        """The static sample and the parameters of every group that do the same, but that a token's
+        symmetric scale is divided by (k-1)/2 where there it is k/2."""
+        group = self._cut()[0] or x.shape[-1]
+        blocks = x.detach().unflatten(-1, (x.shape[-1] // group, group)).to(factors[0].dtype)
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        ends = (low, high) if len(factors) == 2 else (torch.maximum(-low, high),)
+        own = tuple(factor.detach().expand(low.shape).contiguous() for factor in factors)
+        name = self.parameterization.removeprefix("dynamic_")
+        return Sample(name, self.dtype, bits=self.bits), (*own, *ends)
 
 
 def covering(factors: dict[str, list]) -> list[dict]:
@@ -304,6 +393,21 @@ COVERING = [
             "strided_ranges": [False, True],
         }
     )
+] + [
+    DynamicSample(**row)
+    for row in covering(
+        {
+            "parameterization": list(DYNAMIC),
+            "dtype": list(DTYPES),
+            "granularity": list(DYNAMIC_GRANULARITIES),
+            "layout": list(LAYOUTS),
+            "size": list(SIZES),
+            "bits": [2, 4, 8, 12, 16],
+            "range": list(SIGNS),
+            "values": ["normal", "extreme"],
+            "strided_ranges": [False, True],
+        }
+    )
 ]
 
 SAMPLES = [
@@ -316,4 +420,10 @@ SAMPLES = [
     Sample(granularity="zero_d", values="extreme"),
     Sample("beta_gamma", "bfloat16", "axis2", values="extreme", bits=12),
     Sample("scale_offset", granularity="element", range="reversed"),
+    *(DynamicSample(name, granularity="positions") for name in DYNAMIC),
+    *(DynamicSample(dtype=dtype, granularity="groups") for dtype in list(DTYPES)[1:]),
+    *(DynamicSample(size=size, bits=4) for size in ("empty", "one", "below")),
+    DynamicSample(layout="transposed"),
+    DynamicSample("dynamic_symmetric_gamma", layout="sliced", granularity="groups"),
+    DynamicSample("dynamic_symmetric_gamma", "bfloat16", values="extreme"),
 ]
