@@ -185,11 +185,13 @@ class QuantConfig(Json):
         return self.weight if isinstance(spec, str) else spec
 
     def spec_of(self, name: str, kind: str, role: str | None = None) -> QuantSpec | None:
-        """What the quantizer `name` of `kind` gets (one of KINDS), that of a weight also by its
-        role (one of ROLES, or None)."""
+        """What the quantizer `name` of `kind` gets (one of KINDS), that of a layer also by the
+        layer's role (one of ROLES, or None)."""
         if any(_matches(pattern, name, kind) for pattern in self.skip):
             return None
         spec = self.of_role(role) if kind == "weight" else getattr(self, kind)
+        if kind == "input" and role == "head" and self.head is None:
+            spec = None
         for pattern, override in self.overrides.items():
             if _matches(pattern, name, kind):
                 spec = override

@@ -103,14 +103,12 @@ class Plan:
 
     def _input(self, name: str, module: nn.Module, base: type[QuantLayer]) -> QuantAct | None:
         """The quantizer of what a layer multiplies its weight with, one for all that are fed it."""
-        role = self._role(module, base)
-        if role is not None and self.config.of_role(role) is None:
-            return None
         owner = self._first_fed(name)
         site = f"{owner}.input_quantizer"
         if site not in self._inputs:
             channels = base.input_channels(module)
-            self._inputs[site] = self._activation(site, channels, "input")
+            role = self._role(module, base)
+            self._inputs[site] = self._activation(site, channels, "input", role)
             return self._inputs[site]
         quantizer = self._inputs[site]
         self._aliases[f"{name}.input_quantizer"] = site
@@ -179,14 +177,16 @@ class Plan:
     def _full(self, name: str) -> str:
         return f"{self.prefix}{name}" if name else self.prefix.removesuffix(".")
 
-    def _spec(self, name: str, kind: str) -> QuantSpec | None:
+    def _spec(self, name: str, kind: str, role: str | None = None) -> QuantSpec | None:
         self._kinds[name] = kind
-        return self.config.spec_of(name, kind)
+        return self.config.spec_of(name, kind, role)
 
-    def _activation(self, name: str, channels: int | None, kind: str | None) -> QuantAct | None:
+    def _activation(
+        self, name: str, channels: int | None, kind: str | None, role: str | None = None
+    ) -> QuantAct | None:
         if kind is None or (kind == "cache" and self.config.cache is None):
             kind = "activation"
-        spec = self._spec(name, kind)
+        spec = self._spec(name, kind, role)
         if spec is None:
             return None
         return QuantAct.on_last_axis(spec, channels, name, self._device, kind)

@@ -137,7 +137,7 @@ class Quantizer(nn.Module):
             spec.bits,
             spec.symmetric,
             spec.sigmoid,
-            *([True] if spec.full_range else []),
+            spec.full_range,
         )
         values = {"min": low, "max": high} | dict(zip(spec.learnable, first, strict=True))
         for name in (*self.learned, *self.constants):
@@ -199,7 +199,7 @@ class Quantizer(nn.Module):
             spec.symmetric,
             spec.sigmoid,
             spec.eps,
-            *([True] if spec.full_range else []),
+            spec.full_range,
         )
 
     def shape_on(self, x: Tensor) -> torch.Size:

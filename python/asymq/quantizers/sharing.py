@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 _thread = threading.local()
 
@@ -30,7 +31,23 @@ def sharing() -> Iterator[None]:
 def results() -> dict[Any, Any] | None:
     """What quantizers with several users keep for the rest of this thread's forward; None: there is
     none, or a compiler merges equal operations by itself."""
-    return None if torch.compiler.is_compiling() else getattr(_thread, "results", None)
+    if torch.compiler.is_compiling():
+        return None
+    kept = getattr(_thread, "results", None)
+    return _of_backward() if kept is None else kept
+
+
+def _of_backward() -> dict[Any, Any] | None:
+    """The same within a backward, where a checkpointed region runs again, and must share as it did
+    the first time."""
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        return None
+    backwards = _thread.__dict__.setdefault("backwards", {})
+    if task not in backwards:
+        backwards[task] = {}
+        Variable._execution_engine.queue_callback(lambda: backwards.pop(task))
+    return backwards[task]
 
 
 def once(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from asymq.quantizers import functions
 from asymq.quantizers.quantizer import Quantizer
 from asymq.quantizers.sharing import results
 from asymq.quantizers.spec import QuantSpec
@@ -38,6 +39,8 @@ class WeightQuantizer(Quantizer):
         super().__init__(spec, ranges, name, device)
         self.weight_shape = torch.Size(shape)
         self.fan_in = shape[reduction_axis]
+        # Of a live range along the last axis, which one kernel finds and applies.
+        self._group = shape[-1] // ranges[-1] if ranges[:-1] == self.weight_shape[:-1] else None
 
     @property
     def typical_end(self) -> float:
@@ -56,6 +59,17 @@ class WeightQuantizer(Quantizer):
                 f"{list(x.shape)}: resize a model before quantizing it"
             )
         return self.range_shape
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        if not self.live or self._group is None:
+            return super().fake_quantize(x)
+        if not self.reached:
+            self._reach()
+        self.shape_on(x)
+        factors = (getattr(self, name) for name in self.spec.learnable)
+        return functions.namespace()._fake_quantize_live(
+            x, *factors, group=self._group, symmetric=self.spec.symmetric, **self._options
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
         kept = results() if self.users > 1 else None
