@@ -355,6 +355,31 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert not path.exists()
 
 
+CONTEND = """
+import contextlib, pathlib, sys
+from asymq.experiments.common.files import lock
+path = pathlib.Path(sys.argv[1])
+for _ in range(1000):
+    with lock(path):
+        pass
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+"""
+
+
+def test_locks_and_their_folder_come_and_go(tmp_path):
+    path = tmp_path / "checkpoints" / "cell.lock"
+    both = [start(sys.executable, "-c", CONTEND, path) for _ in range(2)]
+    for process in both:
+        finish(process)
+
+
+def test_a_lock_that_cannot_be_made(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(FileExistsError), files.lock(tmp_path / "checkpoints" / "cell.lock"):
+        pass
+
+
 @pytest.fixture
 def interrupted(world, tmp_path, monkeypatch):
     """A folder with the checkpoint of step 4."""

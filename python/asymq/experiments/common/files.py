@@ -63,7 +63,6 @@ def lock(path: Path) -> Iterator[bool]:
 
     The system takes it back when its process ends, however that happens.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as file:
         if file is None:
             yield False
@@ -77,16 +76,36 @@ def lock(path: Path) -> Iterator[bool]:
 @contextmanager
 def _locked(path: Path) -> Iterator[io.TextIOWrapper | None]:
     while True:
-        with path.open("w") as file:
+        with _opened(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
                 return
             # Its last owner may have deleted the file between opening and locking it.
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if _is_at(path, file):
                 yield file
                 return
+
+
+def _opened(path: Path) -> io.TextIOWrapper:
+    """The file `path`, made with its folder, which other processes delete where it is empty."""
+    attempts = 100
+    while True:
+        attempts -= 1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("w")
+        except (FileNotFoundError, FileExistsError):
+            if not attempts:
+                raise
+
+
+def _is_at(path: Path, file: io.TextIOWrapper) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def sha256(path: Path) -> str:

@@ -85,10 +85,10 @@ def read_results(out: Path) -> list[dict]:
 def read_checkpoint(out: Path, cell: Cell) -> dict | None:
     """What an unfinished cell left; None if there is nothing. BadInput: it is damaged."""
     path = checkpoint_path(out, cell)
-    if not path.exists():
-        return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
         raise BadInput(
             f"{path}: this checkpoint is incomplete; delete it and the cell starts again"

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,9 +127,8 @@ def run(options: Options, protocol: Protocol) -> None:
     if left:
         print(f"other commands are at {count(len(left), 'cell')}: {', '.join(map(str, left))}")
     report(options.out)
-    checkpoints = options.out / "checkpoints"
-    if checkpoints.exists() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
+    with suppress(OSError):  # none are there, or other commands have theirs
+        (options.out / "checkpoints").rmdir()
 
 
 # ---- before any work ---------------------------------------------------------------------------
