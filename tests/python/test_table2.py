@@ -236,8 +236,10 @@ def test_a_diverged_seed_is_counted():
 
 
 def test_names_of_cells():
-    for made in (results.Cell("a__b", "min_max", "1e-2"), results.Cell("a", "x", "2e-3", 7)):
-        assert results.Cell.named(made.name) == made
+    for model in ("a", "a__b", "run__seed", "run__seed-3", "run__seed4"):
+        for seed in (None, 7):
+            made = results.Cell(model, "min_max", "1e-2", seed)
+            assert results.Cell.named(made.name) == made
 
 
 def test_devices_share_the_cells(world, tmp_path):
@@ -397,6 +399,22 @@ def interrupted(world, tmp_path, monkeypatch):
             main(one_cell(world, tmp_path, "--checkpoint-every", 2))
     assert end.value.code == 130
     return tmp_path
+
+
+def test_a_rate_typed_otherwise_is_the_same_cell(interrupted, world, capsys):
+    other = one_cell(world, interrupted, "--lrs", "0.01", "1e-2")
+    seen = []
+    with pytest.MonkeyPatch.context() as context:
+        backward = cell.backward
+        context.setattr(cell, "backward", lambda *given: seen.append(1) or backward(*given))
+        main(other)
+        assert len(seen) == 2  # the checkpoint is of step 4
+        main(other)
+        assert len(seen) == 2
+    (found,) = interrupted.glob("*.json")
+    assert found.stem == "gpt2__beta_gamma__1e-2"
+    (interrupted / "gpt2__beta_gamma__0.01.json").write_bytes(found.read_bytes())
+    assert "same cell as gpt2__beta_gamma__" in refused(other, capsys)
 
 
 def refused(given, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,17 @@ class Cell:
 
     @classmethod
     def named(cls, name: str) -> Cell:
-        """The inverse of `name`."""
-        name, _, seed = name.partition("__seed")
-        model, parameterization, lr = name.rsplit("__", 2)
-        return cls(model, parameterization, lr, int(seed) if seed else None)
+        """The inverse of `name`. ValueError: it is no cell's."""
+        rest, _, seed = name.rpartition("__seed")
+        seeded = seed.isdecimal()
+        model, parameterization, lr = (rest if seeded else name).rsplit("__", 2)
+        float(lr)
+        return cls(model, parameterization, lr, int(seed) if seeded else None)
+
+    @property
+    def key(self) -> tuple:
+        """The same for all spellings of the learning rate."""
+        return self.model, self.parameterization, float(self.lr), self.seed
 
     @property
     def name(self) -> str:
@@ -79,7 +87,25 @@ def read_result(path: Path) -> dict:
 
 
 def read_results(out: Path) -> list[dict]:
-    return [read_result(path) for path in result_paths(out)]
+    """BadInput: one is damaged, or two are of one cell."""
+    found: dict[tuple, dict] = {}
+    for path in result_paths(out):
+        result = read_result(path)
+        first = found.setdefault(result["cell"].key, result)
+        if first is not result:
+            raise BadInput(f"{path}: is of the same cell as {first['cell'].name}.json; delete one")
+    return [*found.values()]
+
+
+def as_found(out: Path, cells: list[Cell]) -> list[Cell]:
+    """The cells with the learning rates spelled as the folder has them already; each once."""
+    known: dict[tuple, Cell] = {}
+    for path in (*result_paths(out), *(out / "checkpoints").glob("*__*__*.*")):
+        if path.suffix in (".json", ".pt", ".lock"):
+            with suppress(ValueError):
+                cell = Cell.named(path.stem)
+                known[cell.key] = cell
+    return list(dict.fromkeys(known.setdefault(cell.key, cell) for cell in cells))
 
 
 def read_checkpoint(out: Path, cell: Cell) -> dict | None:

@@ -26,13 +26,13 @@ from asymq.experiments.table2.cell import run_cell, settings_of
 from asymq.experiments.table2.protocol import Protocol
 from asymq.experiments.table2.results import (
     Cell,
+    as_found,
     checkpoint_path,
     lock_path,
     need_same_settings,
     read_checkpoint,
-    read_result,
+    read_results,
     result_path,
-    result_paths,
 )
 from asymq.experiments.table2.subject import Subject, label_of, open_subject
 from asymq.experiments.table2.table import report
@@ -160,9 +160,9 @@ def open_subjects(options: Options, protocol: Protocol) -> dict[str, Subject]:
 def unfinished(options: Options, work: Work) -> list[Cell]:
     """The cells without a result, in the order of the table, a seed after the other. BadInput: the
     folder has results or checkpoints that are damaged or of other settings."""
-    for path in result_paths(options.out):
-        result = read_result(path)
-        _need_same(path, result["settings"], result["cell"], work)
+    for result in read_results(options.out):
+        cell = result["cell"]
+        _need_same(result_path(options.out, cell), result["settings"], cell, work)
     first = work.protocol.seed
     cells = [
         Cell(label, parameterization, lr, seed)
@@ -171,7 +171,9 @@ def unfinished(options: Options, work: Work) -> list[Cell]:
         for parameterization in options.parameterizations
         for lr in options.lrs
     ]
-    cells = [cell for cell in cells if not result_path(options.out, cell).exists()]
+    cells = [
+        cell for cell in as_found(options.out, cells) if not result_path(options.out, cell).exists()
+    ]
     for cell in cells:
         checkpoint = read_checkpoint(options.out, cell)
         if checkpoint is not None:
