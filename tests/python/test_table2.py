@@ -401,6 +401,17 @@ def interrupted(world, tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_peak_of_memory_is_that_of_all_commands(request, world, monkeypatch):
+    peak = [3 << 30]
+    monkeypatch.setattr(cell.Training, "_on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[-1])
+    out = request.getfixturevalue("interrupted")
+    peak.append(1 << 30)
+    main(one_cell(world, out))
+    assert result(out)["peak_gib"] == 3
+
+
 def test_a_rate_typed_otherwise_is_the_same_cell(interrupted, world, capsys):
     other = one_cell(world, interrupted, "--lrs", "0.01", "1e-2")
     seen = []

@@ -175,6 +175,7 @@ class Training:
         self.state.ppl[str(self.state.step)] = perplexity
 
     def save(self, out: Path) -> None:
+        self._note_peak()
         body = {
             "settings": self.settings,
             "state": asdict(self.state),
@@ -187,14 +188,18 @@ class Training:
     def finish(self, out: Path) -> None:
         self._follow()
         self.evaluate()
-        if self._on_gpu:
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            self.state.peak_gib = round(max(peak, self.state.peak_gib or 0), 2)
+        self._note_peak()
         if self.processes.first:
             ranges = self._ranges()
             write(ranges_path(out, self.cell), lambda path: save_file(ranges, path))
             write(result_path(out, self.cell), json.dumps(self._result()))
             checkpoint_path(out, self.cell).unlink(missing_ok=True)
+
+    def _note_peak(self) -> None:
+        """Of all commands that this cell took."""
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.state.peak_gib = round(max(peak, self.state.peak_gib or 0), 2)
 
     def _ranges(self) -> dict[str, Tensor]:
         return {
