@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import runpy
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 import asymq
 from asymq.experiments.common import files, quickstart, text
+from asymq.experiments.common.processes import Processes
 from asymq.experiments.table2 import cell, plots, results, run, subject, table
 from asymq.experiments.table2.protocol import Protocol
 
@@ -676,6 +678,29 @@ def test_two_processes_fill_a_table(world, tmp_path):
     # Adam's first steps have the size of the learning rate however small a gradient is.
     assert two["final_ppl"] == pytest.approx(one["final_ppl"], rel=1e-2)
     assert (tmp_path / "two" / "table.md").exists()
+
+
+def test_an_error_of_the_first_process_is_everyones(monkeypatch):
+    sent = []
+
+    def broadcast(values, device):
+        sent[:] = sent or [pickle.dumps(values)]
+        values[:] = pickle.loads(sent[0])
+
+    def fail():
+        raise files.BadInput("damaged")
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for rank in range(2):
+        one = Processes("cpu")
+        one.rank, one.count = rank, 2
+        with pytest.raises(files.BadInput, match="damaged"):
+            one.share(fail if rank == 0 else lambda: pytest.fail("asked another process"))
+    sent.clear()
+    one.rank = 0
+    assert one.share(lambda: 3) == 3
+    one.rank = 1
+    assert one.share(fail) == 3
 
 
 # ---- the quick start ---------------------------------------------------------------------------

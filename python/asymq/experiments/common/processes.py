@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from asymq.training import shard
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -46,12 +50,22 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
 
-    def share(self, value):
-        """The first process's value, everywhere."""
-        values = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(values, device=self.device)
-        return values[0]
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, everywhere. An error of it is raised everywhere
+        too: nobody waits for a process that has given up."""
+        if self.count == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = make()
+            except Exception as raised:
+                outcome[1] = raised
+        dist.broadcast_object_list(outcome, device=self.device)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
 
     def place(self, model: nn.Module) -> nn.Module:
         """Puts a model where it is to run, its weights split if they are to be."""

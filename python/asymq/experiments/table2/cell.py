@@ -62,7 +62,7 @@ def run_cell(
     show: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Runs what is left of a cell and writes its result. `show` is told of every step's loss."""
-    saved = processes.share(read_checkpoint(out, cell) if processes.first else None)
+    saved = processes.share(lambda: read_checkpoint(out, cell))
     if saved:
         state = State(**saved["state"])
     else:
@@ -94,8 +94,12 @@ def float_perplexity(
     model: str, subject: Subject, protocol: Protocol, out: Path, processes: Processes
 ) -> float:
     """The float model's, from another cell's result if there is one."""
-    found = [result["fp_ppl"] for result in read_results(out) if result["model"] == model]
-    known = processes.share(next((value for value in found if not isinstance(value, str)), None))
+
+    def find() -> float | None:
+        found = [result["fp_ppl"] for result in read_results(out) if result["model"] == model]
+        return next((value for value in found if not isinstance(value, str)), None)
+
+    known = processes.share(find)
     if known is not None:
         return known
     return text.perplexity(processes.place(subject.load()), subject.test, protocol.batch)

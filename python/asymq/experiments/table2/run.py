@@ -82,13 +82,15 @@ class Work:
     def _taken(self, cell: Cell, processes: Processes) -> Iterator[bool]:
         """Whether the cell is this command's now: its first process has the lock."""
         with ExitStack() as stack:
-            mine = None
-            if processes.first:
-                mine = stack.enter_context(lock(lock_path(self.out, cell)))
-                mine = mine and not result_path(self.out, cell).exists()
-                if mine:
-                    _remove_partial_files(self.out, cell)
-            yield processes.share(mine)
+
+            def take() -> bool:
+                locked = stack.enter_context(lock(lock_path(self.out, cell)))
+                if not locked or result_path(self.out, cell).exists():
+                    return False
+                _remove_partial_files(self.out, cell)
+                return True
+
+            yield processes.share(take)
 
 
 def _remove_partial_files(out: Path, cell: Cell) -> None:
@@ -111,11 +113,16 @@ def run(options: Options, protocol: Protocol) -> None:
                 f"--batch {protocol.batch} cannot be split evenly over {processes.count} processes"
             )
     work = Work(open_subjects(options, protocol), protocol, options.out)
-    cells = unfinished(options, work)
-    _need_space(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
+
+    def begin() -> list[Cell]:
+        cells = unfinished(options, work)
+        _need_space(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        return cells
+
+    cells = begin() if processes is None else processes.share(begin)
     if processes is not None:
-        _run_in_order(processes.share(cells), work, processes)
+        _run_in_order(cells, work, processes)
         processes.end()
         if not processes.first:
             return
