@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import queue
 import runpy
 import signal
 import subprocess
@@ -305,6 +306,25 @@ def test_killed_and_continued_is_bit_equal(world, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
     differing = {k for k, v in result(whole).items() if v != result(broken)[k]}
     assert differing <= {"seconds_per_step"}
+
+
+def test_ctrl_c_is_for_the_process_that_started_the_others(monkeypatch):
+    handlers = []
+
+    class Worker:
+        exitcode = 0
+
+        def start(self):
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+        def join(self):
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    context = types.SimpleNamespace(Queue=queue.Queue, RLock=list, Process=lambda **_: Worker())
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: context)
+    before = signal.getsignal(signal.SIGINT)
+    run._spread([], None, ["cpu", "cpu"])
+    assert handlers == [signal.SIG_IGN, signal.SIG_IGN, before, before]
 
 
 def test_two_commands_share_the_cells(world, tmp_path):

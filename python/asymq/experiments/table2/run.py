@@ -7,6 +7,7 @@ same command continues after an interruption, and commands that run at a time sh
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -226,8 +227,11 @@ def _spread(cells: list[Cell], work: Work, devices: list[str]) -> None:
         context.Process(target=_work_through, args=(queue, bars, i, device, work), daemon=True)
         for i, device in enumerate(devices)
     ]
+    # Ctrl-C reaches all of them: this process alone answers, and ends the others when it does.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, interrupt)
     for worker in workers:
         worker.join()
     failed = [d for d, worker in zip(devices, workers, strict=True) if worker.exitcode]
