@@ -602,7 +602,12 @@ def test_defaults_are_the_papers(parameterization):
 
 @pytest.mark.parametrize(
     "given, message",
-    [({"weight_bits": 17}, "--weight-bits: .* from 2 to 16"), ({"eps": -1.0}, "--eps: .*positive")],
+    [
+        ({"weight_bits": 17}, "--weight-bits: .* from 2 to 16"),
+        ({"eps": -1.0}, "--eps: .*positive"),
+        ({"perplexity": "bogus"}, "--perplexity: must be of raw, run_clm, got 'bogus'"),
+        ({"tf32": "no"}, "--tf32: must be True or False, got 'no'"),
+    ],
 )
 def test_a_protocol_checks_its_values(given, message):
     with pytest.raises(files.BadInput, match=message):
