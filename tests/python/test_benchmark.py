@@ -2,6 +2,7 @@
 
 import csv
 import runpy
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,14 @@ def test_against_what_is_not_comparable(tmp_path, capsys):
     assert "No such file" in message
     of_record = ROOT / "scripts" / "results" / "step_cuda.csv"
     assert "measured on cuda" in refused(STEP, tmp_path, capsys, "--against", of_record)
+
+
+def test_results_of_record_can_be_compared_with():
+    kinds = {"ops": (ops.OpTime, []), "step": (step.StepTime, [f"gpt2: {step.MODELS['gpt2']}"])}
+    for path in (ROOT / "scripts" / "results").glob("*.csv"):
+        command, device, *_ = path.stem.split("_")
+        args = Namespace(against=path, command=command, device=device)
+        assert recorded.read(args, *kinds[command]).rows, path.name
 
 
 @pytest.mark.parametrize(
