@@ -157,9 +157,9 @@ def test_convert_leaves_a_plain_model(family, setting, device):
     assert asymq.convert(model) is model
 
     assert not any(asymq.named_quantizers(model))
-    assert repr(model) == repr(original) or family == "gpt2"  # GPT-2 keeps the faster GELU
-    plain = [(name, type(m)) for name, m in original.named_modules() if "act" not in name]
-    assert [(n, type(m)) for n, m in model.named_modules() if "act" not in n] == plain
+    assert repr(model) == repr(original)
+    plain = [(name, type(m)) for name, m in original.named_modules()]
+    assert [(name, type(m)) for name, m in model.named_modules()] == plain
     assert model.config._attn_implementation == original.config._attn_implementation
     for module in model.modules():
         assert not module._forward_pre_hooks and not module._load_state_dict_pre_hooks
