@@ -19,7 +19,7 @@ from asymq.experiments.common.command import (
     learning_rate,
     options_of,
 )
-from asymq.experiments.table2.protocol import PAPERS, PARAMETERIZATIONS, Protocol
+from asymq.experiments.table2.protocol import COLUMNS, PAPERS, Protocol
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 
@@ -46,10 +46,10 @@ def parse(arguments):
     add(
         "--parameterizations",
         nargs="+",
-        choices=PARAMETERIZATIONS,
+        choices=COLUMNS,
         default=list(PAPERS),
         metavar="NAME",
-        help=f"of {', '.join(PARAMETERIZATIONS)} (default {', '.join(PAPERS)})",
+        help=f"of {', '.join(COLUMNS)} (default {', '.join(PAPERS)})",
     )
     add(
         "--lrs",

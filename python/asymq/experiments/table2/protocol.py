@@ -10,7 +10,7 @@ from asymq.experiments.common.command import bit_width, check_options, integer, 
 from asymq.quantizers import spec as specs
 
 # All that a table can have, in the order of its columns.
-PARAMETERIZATIONS = tuple(
+COLUMNS = tuple(
     name
     for base in specs.PARAMETERIZATIONS
     for name in (base, *(["beta_gamma_sigmoid"] if base == "beta_gamma" else []))

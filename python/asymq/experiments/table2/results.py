@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from asymq.experiments.common.files import BadInput
-from asymq.experiments.table2.protocol import PARAMETERIZATIONS
+from asymq.experiments.table2.protocol import COLUMNS
 
 DIVERGED, DIVERGED_ABOVE = "diverged", 1e6
 _NEEDED = {"model", "parameterization", "lr", "fp_ppl", "final_ppl", "settings"}
@@ -208,8 +208,8 @@ def by_model(found: list[dict]) -> dict[str, list[Entry]]:
 
 def order(parameterization: str) -> tuple[int, str]:
     """Those that this version does not know come last."""
-    known = parameterization in PARAMETERIZATIONS
-    place = PARAMETERIZATIONS.index(parameterization) if known else len(PARAMETERIZATIONS)
+    known = parameterization in COLUMNS
+    place = COLUMNS.index(parameterization) if known else len(COLUMNS)
     return place, parameterization
 
 
