@@ -105,7 +105,9 @@ void calibrate_weights(torch::nn::Module& model, Calibration& calibration) {
     quantizer.start_observing();
     quantizer.forward(layer->weight);
     const double inputs = static_cast<double>(layer->options.in_features());
-    calibration.finish(quantizer, path + ".weight_quantizer", 1 / std::sqrt(std::max(inputs, 1.0)));
+    // The model itself has an empty path.
+    const std::string place = path.empty() ? "weight_quantizer" : path + ".weight_quantizer";
+    calibration.finish(quantizer, place, 1 / std::sqrt(std::max(inputs, 1.0)));
   });
 }
 

@@ -1,6 +1,7 @@
 #include "ops/checks.h"
 
 #include <cmath>
+#include <utility>
 
 #include "asymq/detail/layout.h"
 
@@ -105,7 +106,7 @@ CheckedQuantizer check_quantizer(const char* op, const char* whose, const char* 
   TORCH_CHECK(ranges.first.device() == x.device(), where, ": ", traits.first,
               " must be on the device of ", name, ", ", x.device(), ", got ",
               ranges.first.device());
-  return {make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps), ranges};
+  return {make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps), std::move(ranges)};
 }
 
 QuantizerPair check_quantizers(const char* op, const char* name, const at::Tensor& x,

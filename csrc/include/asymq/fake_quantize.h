@@ -130,7 +130,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(
 
 /// A quantizer with one range, as the functions take it that do more than quantize.
 /// parameterization, parameters and the rest are those of effective_scale_offset; every parameter
-/// has one element.
+/// has one element. Refers to the name and the parameters, which must live as long: a braced list
+/// lives to the end of its statement.
 struct RangeArguments {
   std::string_view parameterization;
   at::TensorList parameters;
