@@ -18,6 +18,7 @@ from asymq.experiments.common.command import (
     positive,
 )
 from asymq.experiments.common.files import BadInput
+from asymq.experiments.figures import SEEDS, STEPS
 
 
 def parse(arguments):
@@ -40,12 +41,12 @@ def parse(arguments):
     )
     group = parser.add_argument_group("settings of the trained figures (default: each its own)")
     add = group.add_argument
-    add("--seeds", type=integer(1), default=5, help="default 5")
+    add("--seeds", type=integer(1), default=SEEDS, help=f"default {SEEDS}")
     add(
         "--steps",
         type=integer(1),
-        default=5000,
-        help="default 5000; with fewer most claims are not decided",
+        default=STEPS,
+        help=f"default {STEPS}; with fewer most claims are not decided",
     )
     add("--lr", nargs="+", type=learning_rate, metavar="LR")
     add("--bits", nargs="+", type=bit_width, metavar="N", help="2 to 16")

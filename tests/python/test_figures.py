@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from pictures import assert_picture
+
 import asymq
 from asymq.experiments.figures import (
     claims,
@@ -372,7 +374,7 @@ def test_everything_is_written(tmp_path, quick, capsys):
     expected |= {f"{name}.{kind}" for name in ("table1", "table3") for kind in ("md", "csv")}
     assert {path.name for path in tmp_path.iterdir()} == {*expected, "claims.md"}
     for path in tmp_path.glob("*.png"):
-        assert path.read_bytes().startswith(b"\x89PNG"), path.name
+        assert_picture(path)
     text = (tmp_path / "claims.md").read_text()
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     without = ("figure4", "gradients")
@@ -530,7 +532,7 @@ def test_figure4(tmp_path):
         fabricate(results, "beta_gamma", lr, [4 - 0.02 * i for i in range(40)])
     fabricate(results, "scale_offset", "1e-2", [4.0, 9.0, None, None, *[5.0] * 36])
     main(["figure4", "--table2", str(results), "--out", str(out)])
-    assert (out / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    assert_picture(out / "figure4.png")
     found = rows(out / "figure4.csv")
     assert {(row["parameterization"], row["lr"]) for row in found} == {
         ("min_max", "1e-2"),

@@ -19,6 +19,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from pictures import assert_picture
 from safetensors.torch import load_file
 
 import asymq
@@ -132,7 +133,7 @@ def test_files_of_a_table(filled):
         *("table.md", "table.csv", "ranges"),
     }
     for path in filled.glob("*.png"):
-        assert path.read_bytes().startswith(b"\x89PNG"), path.name
+        assert_picture(path)
 
 
 def test_pictures_of_a_table(filled):

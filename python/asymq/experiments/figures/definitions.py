@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asymq.experiments.common.files import BadInput
-from asymq.experiments.figures import claims
-from asymq.experiments.figures.toy_problem import STEPS, VARIANTS, Curve, Data
+from asymq.experiments.figures import SEEDS, STEPS, claims
+from asymq.experiments.figures.toy_problem import VARIANTS, Curve, Data
 from asymq.experiments.figures.verdict import Claim
 
 
@@ -146,7 +146,7 @@ TITLES = {
 class Settings:
     """What the command line changes. None: as the figure has it."""
 
-    seeds: int = 5
+    seeds: int = SEEDS
     steps: int = STEPS
     lrs: tuple[str, ...] | None = None
     bits: tuple[int, ...] | None = None

@@ -25,7 +25,7 @@ from asymq import PerChannel, QuantAct, QuantSpec
 from asymq.quantizers import Quantizer
 from asymq.training.step_rules import StepRule
 
-SAMPLES, STEPS = 10_000, 5000
+SAMPLES = 10_000
 DRIFT = 10.0  # how much wider drifting data become
 # The definitions of "converged" and of an oscillation.
 NEAR, STILL, STILL_STEPS, OSCILLATION_STEPS = 1.1, 0.02, 1000, 500

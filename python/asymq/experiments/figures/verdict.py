@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from asymq.experiments.figures.toy_problem import STEPS
+from asymq.experiments.figures import STEPS
 
 TOO_SHORT = "not decided: too few steps"
 
