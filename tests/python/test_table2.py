@@ -12,9 +12,12 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import first_step
 import pytest
 import tiny_models
 import torch
@@ -380,23 +383,18 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert not path.exists()
 
 
-CONTEND = """
-import contextlib, pathlib, sys
-from asymq.experiments.common.files import lock
-path = pathlib.Path(sys.argv[1])
-for _ in range(1000):
-    with lock(path):
-        pass
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
-"""
-
-
 def test_locks_and_their_folder_come_and_go(tmp_path):
     path = tmp_path / "checkpoints" / "cell.lock"
-    both = [start(sys.executable, "-c", CONTEND, path) for _ in range(2)]
-    for process in both:
-        finish(process)
+
+    def contend(_):
+        for _ in range(1000):
+            with files.lock(path):
+                pass
+            with suppress(OSError):
+                path.parent.rmdir()
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(contend, range(2)))
 
 
 def test_a_lock_that_cannot_be_made(tmp_path):
@@ -682,11 +680,10 @@ def test_run_clm_changes_the_evaluation_alone(world, tmp_path):
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
 @pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
 def test_two_processes_give_the_gradients_of_one(world, tmp_path, model, options):
-    step = (ROOT / "tests/python/support/first_step.py", world / model, world / "text")
+    step = (first_step.__file__, world / model, world / "text")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    alone = start(sys.executable, *step, tmp_path / "alone.pt")
     together = start(*torchrun, "--nproc-per-node", 2, *step, tmp_path / "both.pt", *options)
-    finish(alone)
+    first_step.main(world / model, world / "text", tmp_path / "alone.pt")
     finish(together)
     alone, both = (torch.load(tmp_path / name) for name in ("alone.pt", "both.pt"))
     assert both["loss"] == pytest.approx(alone["loss"], rel=1e-5)
