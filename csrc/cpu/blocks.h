@@ -13,21 +13,6 @@ namespace asymq::cpu {
 constexpr int64_t kBlock = 512;
 static_assert(kBlock <= kMaxRun);
 
-/// loop(x, n) over blocks of contiguous elements, in the compute type.
-template <class S, class Loop>
-void read_blocks(const S* x, int64_t n, const Loop& loop) {
-  if constexpr (std::is_same_v<S, Compute<S>>) {
-    loop(x, n);
-  } else {
-    float buffer[kBlock];
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t size = std::min(kBlock, n - first);
-      widen(x + first, buffer, size);
-      loop(buffer, size);
-    }
-  }
-}
-
 /// loop(x, out, first, n) over blocks of contiguous elements, in the compute type.
 template <class S, class Loop>
 void forward_blocks(const S* x, S* out, int64_t n, const Loop& loop) {

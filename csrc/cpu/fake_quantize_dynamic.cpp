@@ -68,17 +68,6 @@ std::vector<Factors<P>> applied_factors(const QuantizerKind& kind, const LiveGro
   return factors;
 }
 
-/// θmin and θmax of a group.
-template <class P, class S>
-Extrema<P> ends_of(const QuantizerKind& kind, bool token, const S* x, int64_t n) {
-  using T = Compute<S>;
-  Extrema<T> all{static_cast<T>(x[0]), static_cast<T>(x[0])};
-  cpu::read_blocks(x, n, [&](const T* block, int64_t size) {
-    all = combine(all, cpu::extrema_run(block, size));
-  });
-  return live_ends<P>(kind, token, all);
-}
-
 at::Tensor fake_quantize_dynamic_cpu(const at::Tensor& x, const LiveQuantizer& quantizer) {
   const QuantizerKind kind = check_fake_quantize_dynamic(x, quantizer);
   if (x.numel() == 0) return at::empty_like(x);
@@ -94,7 +83,7 @@ at::Tensor fake_quantize_dynamic_cpu(const at::Tensor& x, const LiveQuantizer& q
     const int64_t n = groups.size();
     Tasks(groups).parallel_for_each_group([&](int64_t group, int64_t column, int64_t) {
       const S* elements = from + group * n;
-      const Extrema<P> ends = ends_of<P>(kind, quantizer.token, elements, n);
+      const Extrema<P> ends = live_ends<P>(kind, quantizer.token, cpu::extrema_run(elements, n));
       const Grid<T> grid = make_grid<T>(kind, live_scale_offset(kind, factors[column], ends));
       cpu::forward_blocks(elements, to + group * n, n,
                           [&](const T* block, T* result, int64_t, int64_t size) {
@@ -134,7 +123,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_dynamic_backward_cp
     std::vector<RangeGradient> slabs(needs_sums ? tasks.slabs() * tasks.columns() : 0);
     tasks.parallel_for_each_group([&](int64_t group, int64_t column, int64_t slab) {
       const S* elements = from + group * n;
-      const Extrema<P> ends = ends_of<P>(kind, quantizer.token, elements, n);
+      const Extrema<P> ends = live_ends<P>(kind, quantizer.token, cpu::extrema_run(elements, n));
       const ScaleOffset<P> effective = live_scale_offset(kind, factors[column], ends);
       const Grid<T> grid = make_grid<T>(kind, effective);
       Sums<double> sums{};

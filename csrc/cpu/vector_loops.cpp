@@ -1,5 +1,8 @@
 #include "cpu/vector_loops.h"
 
+#include <bit>
+#include <limits>
+
 // Baseline x86-64 has no vector rounding instruction. Other architectures have one in their
 // baseline, and sanitizers instrument the resolvers that run before they are ready.
 #if defined(__x86_64__) && !defined(ASYMQ_NO_CPU_DISPATCH)
@@ -103,35 +106,6 @@ ASYMQ_HOST_DEVICE void backward_row_select(const T* grad, const T* x, T* dx, int
   }
 }
 
-/// Lanes enough to hide the latency of comparisons.
-constexpr int64_t kExtremaLanes = 64;
-
-template <class T>
-ASYMQ_HOST_DEVICE Extrema<T> extrema_run_impl(const T* x, int64_t n) {
-  const T first = x[0];
-  T low[kExtremaLanes], high[kExtremaLanes], nan[kExtremaLanes];
-  for (int64_t lane = 0; lane < kExtremaLanes; ++lane) low[lane] = high[lane] = nan[lane] = first;
-  // Comparisons pass over a NaN, so that it is kept apart.
-  const auto see = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
-    low[lane] = x[i] < low[lane] ? x[i] : low[lane];
-    high[lane] = x[i] > high[lane] ? x[i] : high[lane];
-    nan[lane] = x[i] == x[i] ? nan[lane] : x[i];
-  };
-  int64_t i = 0;
-  for (; i + kExtremaLanes <= n; i += kExtremaLanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kExtremaLanes; ++lane) see(i + lane, lane);
-  }
-  for (int64_t lane = 0; i + lane < n; ++lane) see(i + lane, lane);
-  Extrema<T> all{first, first};
-  for (int64_t lane = 0; lane < kExtremaLanes; ++lane) {
-    all.min = low[lane] < all.min ? low[lane] : all.min;
-    all.max = high[lane] > all.max ? high[lane] : all.max;
-    if (nan[lane] != nan[lane]) return {nan[lane], nan[lane]};
-  }
-  return all;
-}
-
 template <class Half>
 const uint16_t* bits(const Half* values) {
   return reinterpret_cast<const uint16_t*>(values);
@@ -147,6 +121,33 @@ template <class From, class To>
 ASYMQ_HOST_DEVICE void convert_impl(const From* from, To* to, int64_t n, To (*convert)(From)) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) to[i] = convert(from[i]);
+}
+
+/// Maps the bits of a floating number to an integer of the same order, and back. A NaN lies beyond
+/// the infinity of its sign, so that it is an extremum itself.
+template <class I>
+ASYMQ_HOST_DEVICE I ordered(I bits) {
+  return bits ^ ((bits >> (8 * sizeof(I) - 1)) & std::numeric_limits<I>::max());
+}
+
+/// S has as many bits as the signed integer I.
+template <class I, class S>
+ASYMQ_HOST_DEVICE Extrema<S> extrema_run_impl(const S* x, int64_t n) {
+  I low = std::numeric_limits<I>::max(), high = std::numeric_limits<I>::min();
+#pragma omp simd reduction(min : low) reduction(max : high)
+  for (int64_t i = 0; i < n; ++i) {
+    const I key = ordered(std::bit_cast<I>(x[i]));
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+  return {std::bit_cast<S>(ordered(low)), std::bit_cast<S>(ordered(high))};
+}
+
+template <class Half>
+ASYMQ_HOST_DEVICE Extrema<float> extrema_run_impl(const Half* x, int64_t n,
+                                                  float (*convert)(uint16_t)) {
+  const Extrema<uint16_t> found = extrema_run_impl<int16_t>(bits(x), n);
+  return {convert(found.min), convert(found.max)};
 }
 
 }  // namespace
@@ -190,11 +191,19 @@ ASYMQ_CPU_DISPATCH void backward_row(const double* grad, const double* x, double
 }
 
 ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const float* x, int64_t n) {
-  return extrema_run_impl(x, n);
+  return extrema_run_impl<int32_t>(x, n);
 }
 
 ASYMQ_CPU_DISPATCH Extrema<double> extrema_run(const double* x, int64_t n) {
-  return extrema_run_impl(x, n);
+  return extrema_run_impl<int64_t>(x, n);
+}
+
+ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const c10::BFloat16* x, int64_t n) {
+  return extrema_run_impl(x, n, c10::detail::f32_from_bits);
+}
+
+ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const c10::Half* x, int64_t n) {
+  return extrema_run_impl(x, n, c10::detail::fp16_ieee_to_fp32_value);
 }
 
 ASYMQ_CPU_DISPATCH void widen(const c10::BFloat16* from, float* to, int64_t n) {

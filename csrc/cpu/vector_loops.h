@@ -61,6 +61,8 @@ void backward_row(const double* grad, const double* x, double* dx, int64_t n,
 /// The extrema of n > 0 elements.
 Extrema<float> extrema_run(const float* x, int64_t n);
 Extrema<double> extrema_run(const double* x, int64_t n);
+Extrema<float> extrema_run(const c10::BFloat16* x, int64_t n);
+Extrema<float> extrema_run(const c10::Half* x, int64_t n);
 
 void widen(const c10::BFloat16* from, float* to, int64_t n);
 void widen(const c10::Half* from, float* to, int64_t n);

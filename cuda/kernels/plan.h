@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 
 #include "asymq/detail/layout.h"
@@ -188,6 +189,89 @@ inline SoftmaxPlan make_softmax_plan(int64_t rows, int64_t keys, int element_siz
     plan.rows_per_warp = std::clamp<int64_t>(rows / (int64_t{multiprocessors} * kWarps * 16), 1, 8);
   }
   plan.blocks = ceil_div(rows, kWarps * plan.rows_per_warp);
+  return plan;
+}
+
+constexpr int kDynamicWarps = 8;      // lanes: warps of a block
+constexpr int kDynamicThreads = 512;  // block and long: at most, of a block
+
+// Vectors that a thread holds: lanes that share a short group read it in longer runs with fewer.
+constexpr int kShortVectors = 2;
+constexpr int kLaneVectors = 4;
+constexpr int kBlockVectors = 8;
+constexpr int64_t kShortGroup = 8;    // vectors of a group that is short
+constexpr int64_t kLongVectors = 16;  // long: vectors per thread that are worth a block
+
+enum class DynamicPath {
+  kLanes,  ///< lanes of a warp hold a group
+  kBlock,  ///< a block holds a group
+  kLong    ///< a group is read twice, by one block or, where groups are few, by several
+};
+
+/// How groups with ranges of their own are cut, one after another in memory, of which group i has
+/// the factors i % factors.
+struct DynamicPlan {
+  DynamicPath path = DynamicPath::kLong;
+  bool vectorized = false;  ///< 16-byte accesses, else element by element
+  bool overlaps = false;    ///< the device can launch a kernel while the one before it runs
+  int64_t count = 0, size = 0, factors = 1;
+  int threads = kDynamicThreads;
+  int64_t blocks = 0;
+
+  /// lanes: how many share a group, a power of two. The groups of a warp are neighbours; the warps
+  /// of a block are `period` groups apart, a multiple of the factors and of a warp's groups, so
+  /// that lanes in the same place have the same factors.
+  int lanes = kWarp;
+  int64_t period = 1;
+  bool is_short = false;  ///< lanes: a thread holds kShortVectors, else kLaneVectors
+  int64_t pieces = 1;     ///< long: blocks that share a group
+
+  ASYMQ_HOST_DEVICE int groups_per_warp() const { return kWarp / lanes; }
+  ASYMQ_HOST_DEVICE int64_t tiles() const { return period / groups_per_warp(); }
+
+  /// Whether every group has factors of its own and is summed in one place: there are no partial
+  /// sums then.
+  ASYMQ_HOST_DEVICE bool own_factors() const { return factors == count && pieces == 1; }
+
+  /// Partial sums: entry i belongs to the factors i % factors. There are two doubles in each.
+  ASYMQ_HOST_DEVICE int64_t entries() const {
+    if (own_factors()) return 0;
+    return path == DynamicPath::kLanes && factors > 1 ? blocks * groups_per_warp() : blocks;
+  }
+  int64_t sums() const { return 2 * entries(); }
+
+  /// Doubles that hold the extrema of pieces.
+  int64_t extrema() const { return pieces > 1 ? 2 * count * pieces : 0; }
+};
+
+inline DynamicPlan make_dynamic_plan(int64_t count, int64_t size, int64_t factors, int element_size,
+                                     bool aligned, int multiprocessors) {
+  DynamicPlan plan;
+  plan.count = count;
+  plan.size = size;
+  plan.factors = factors;
+  const int64_t width = 16 / element_size;
+  plan.vectorized = aligned && size % width == 0;
+  const int64_t vectors = plan.vectorized ? size / width : size;
+  if (vectors <= kWarp * kLaneVectors) {
+    plan.path = DynamicPath::kLanes;
+    // Two at least, where there are two vectors: memory is read in sectors of 32 bytes.
+    plan.is_short = vectors <= kShortGroup;
+    plan.lanes = vectors > 1 ? 2 : 1;
+    while (plan.lanes * (plan.is_short ? kShortVectors : kLaneVectors) < vectors) plan.lanes *= 2;
+    plan.threads = kWarp * kDynamicWarps;
+    const int64_t neighbours = plan.groups_per_warp();
+    plan.period = factors == 1 || plan.own_factors() ? neighbours : std::lcm(factors, neighbours);
+    plan.blocks = ceil_div(ceil_div(count, plan.period), kDynamicWarps) * plan.tiles();
+  } else if (vectors <= kDynamicThreads * kBlockVectors) {
+    plan.path = DynamicPath::kBlock;
+    plan.threads = static_cast<int>(ceil_div(vectors, kWarp * kBlockVectors)) * kWarp;
+    plan.blocks = count;
+  } else {
+    plan.pieces = std::clamp<int64_t>(ceil_div(2 * multiprocessors, count), 1,
+                                      ceil_div(vectors, kDynamicThreads * kLongVectors));
+    plan.blocks = count * plan.pieces;
+  }
   return plan;
 }
 

@@ -7,7 +7,8 @@
 
 namespace asymq::cuda {
 
-/// Lets `finish` be launched while this kernel still runs; it waits for its end by itself.
+/// Lets the next kernel be launched while this one still runs, one that waits for its end by
+/// itself.
 __device__ __forceinline__ void allow_overlap() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -88,36 +89,43 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (threadIdx.y == 0 && range < ranges) gradients.store_gradient(range, map, shared[me]);
 }
 
-/// Whether the code of `finish` that the device runs waits for the pass before it: code for 9.0 and
-/// later does, also where the driver compiled it from PTX; code for 8.0 run on a later device does
-/// not.
-template <class T, class P>
-bool finish_waits() {
-  static const bool waits = [] {
+/// Whether the code of a kernel that waits for the pass before it does so on the device: code for
+/// 9.0 and later does, also where the driver compiled it from PTX; code for 8.0 run on a later
+/// device does not.
+template <auto* kernel>
+bool waits() {
+  static const bool result = [] {
     cudaFuncAttributes attributes{};
-    return cudaFuncGetAttributes(&attributes, finish<T, P>) == cudaSuccess &&
-           attributes.ptxVersion >= 90;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
   }();
-  return waits;
+  return result;
 }
 
-/// Launches `finish`. overlaps: while the pass before it still runs; it waits where it needs the
-/// sums.
+/// Launches a kernel that waits where it needs what the pass before it left. overlaps: while that
+/// still runs.
+template <auto* kernel, class... Arguments>
+void launch_overlapping(unsigned blocks, dim3 threads, bool overlaps, cudaStream_t stream,
+                        const Arguments&... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps && waits<kernel>() ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 template <class T, class P>
 void launch_finish(int64_t ranges, const RangeGradients<T, P>& gradients, bool overlaps,
                    cudaStream_t stream) {
   unsigned width = 1;
   while (width < kWarp && width < ranges) width *= 2;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(ceil_div(ranges, width));
-  config.blockDim = dim3(width, kFinishThreads / width);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps && finish_waits<T, P>() ? 1 : 0;
-  cudaLaunchKernelEx(&config, finish<T, P>, ranges, gradients);
+  launch_overlapping<finish<T, P>>(static_cast<unsigned>(ceil_div(ranges, width)),
+                                   dim3(width, kFinishThreads / width), overlaps, stream, ranges,
+                                   gradients);
 }
 
 }  // namespace asymq::cuda

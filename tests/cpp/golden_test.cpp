@@ -108,6 +108,83 @@ TEST_P(GoldenTest, EveryCase) {
   }
 }
 
+class LiveGoldenTest : public testing::TestWithParam<std::tuple<at::DeviceType, at::ScalarType>> {};
+
+TEST_P(LiveGoldenTest, EveryCase) {
+  const auto [device, dtype] = GetParam();
+  std::ifstream stream(std::string(ASYMQ_GOLDEN_DIR) + "/dynamic_per_token.json");
+  ASSERT_TRUE(stream);
+  const json cases = json::parse(stream)["cases"];
+  ASSERT_EQ(cases.size(), 12u);
+  const double unit = dtype == at::kFloat ? 3e-6 : 1e-12;
+  for (const json& vector : cases) {
+    SCOPED_TRACE(vector["case"].get<std::string>());
+    const std::string kind = vector["kind"];
+    const int64_t bits = vector["bits"];
+    const double eps = vector["eps"];
+    const bool sigmoid = vector["sigmoid"], full_range = kind.ends_with("full_range");
+    const auto group =
+        vector["group"].is_null() ? std::nullopt : std::optional<int64_t>(vector["group"]);
+    const auto leaf = [&](const Tensor& t) { return t.to(device, dtype).requires_grad_(); };
+    const Tensor x = leaf(tensor_of(vector["x"])), upstream = tensor_of(vector["upstream"]);
+    std::vector<std::string> names = {"gamma"};
+    if (kind == "asymmetric") names.insert(names.begin(), "beta");
+    Tensors inputs = {x};
+    for (const auto& name : names) inputs.push_back(leaf(tensor_of(vector["learnable"][name])));
+
+    Tensor xhat;
+    if (kind == "static_full_range") {
+      const Tensor max = tensor_of(vector["theta_max"]).flatten()[0].reshape(1).to(device, dtype);
+      xhat = asymq::fake_quantize_symmetric_gamma(x, inputs[1], max, bits, sigmoid, eps, true);
+    } else if (kind == "asymmetric") {
+      xhat = asymq::fake_quantize_dynamic_beta_gamma(x, inputs[1], inputs[2], group, bits, sigmoid,
+                                                     eps);
+    } else {
+      xhat = asymq::fake_quantize_dynamic_symmetric_gamma(x, inputs[1], group, bits, sigmoid,
+                                                          full_range, eps);
+    }
+    const Tensor want = tensor_of(vector["xhat"]);
+    EXPECT_TRUE(close(xhat, want, want.abs(), unit)) << "xhat";
+    const auto of_elements = [&](const char* name) {
+      const Tensor values = tensor_of(vector[name]);
+      return values.repeat_interleave(x.size(-1) / values.size(-1), -1);
+    };
+    Tensor codes = (xhat.detach().cpu().to(at::kDouble) / of_elements("s")).round();
+    if (kind == "asymmetric") codes = codes - of_elements("n");
+    EXPECT_TRUE(at::equal(codes, tensor_of(vector["xbar"]))) << "codes";
+
+    const auto gradients = [&](const Tensor& grad) {
+      return torch::autograd::grad({xhat}, inputs, {grad.to(device, dtype)}, true);
+    };
+    const Tensors grads = gradients(upstream);
+    EXPECT_TRUE(bit_equal(grads[0], tensor_of(vector["grad_x"]).to(dtype))) << "dx";
+    for (size_t i = 0; i < names.size(); ++i) {
+      const Tensor partial = tensor_of(vector["partial"][names[i]]);
+      const Tensor allowed = (upstream.abs() * partial.abs().clamp_min(1)).sum();
+      EXPECT_TRUE(close(grads[1 + i], tensor_of(vector["grad"][names[i]]), allowed, unit))
+          << "gradient of " << names[i];
+    }
+    for (int64_t place = 0; place < x.numel(); ++place) {
+      Tensor one = at::zeros_like(upstream);
+      one.view(-1)[place] = 1;
+      const Tensors of_one = gradients(one);
+      for (size_t i = 0; i < names.size(); ++i) {
+        const Tensor partial = tensor_of(vector["partial"][names[i]]).flatten()[place];
+        EXPECT_TRUE(close(of_one[1 + i].sum(), partial, partial.abs().clamp_min(1), unit))
+            << "partial of " << names[i] << " at " << place;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, LiveGoldenTest,
+                         testing::Combine(testing::ValuesIn(devices()),
+                                          testing::Values(at::kFloat, at::kDouble)),
+                         [](const auto& info) {
+                           return c10::DeviceTypeName(std::get<0>(info.param), true) +
+                                  std::string("_") + c10::toString(std::get<1>(info.param));
+                         });
+
 std::string case_name(const testing::TestParamInfo<GoldenTest::ParamType>& info) {
   return std::get<0>(info.param).file + "_" +
          c10::DeviceTypeName(std::get<1>(info.param), /*lower_case=*/true) + "_" +

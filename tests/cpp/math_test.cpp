@@ -9,12 +9,14 @@
 #include <random>
 #include <string>
 #include <type_traits>
+#include <utility>
 
+#include "asymq/live_range.h"
 #include "asymq/parameterization.h"
 #include "asymq/quant_math.h"
 
 #if defined(TORCH_VERSION) || defined(TORCH_CHECK)
-#error "quant_math.h or parameterization.h includes torch"
+#error "quant_math.h, parameterization.h or live_range.h includes torch"
 #endif
 
 namespace {
@@ -24,10 +26,12 @@ using asymq::QuantizerKind;
 using asymq::Range;
 using asymq::Sums;
 
-int position_of(const std::string& name, bool sigmoid = false) {
+int position_of(const std::string& name, bool sigmoid = false, bool full_range = false) {
   for (int i = 0; i < static_cast<int>(std::size(asymq::Parameterizations::traits)); ++i) {
     const asymq::Traits& traits = asymq::Parameterizations::traits[i];
-    if (name == traits.name && sigmoid == traits.sigmoid) return i;
+    if (name == traits.name && sigmoid == traits.sigmoid && full_range == traits.full_range) {
+      return i;
+    }
   }
   return -1;
 }
@@ -105,13 +109,62 @@ TYPED_TEST(QuantMath, CodesAndBack) {
 }
 
 TEST(Parameterization, EachNameAppearsOnce) {
-  EXPECT_EQ(std::size(asymq::Parameterizations::traits), 9u);
+  EXPECT_EQ(std::size(asymq::Parameterizations::traits), 13u);
   for (const char* name : {"scale_offset", "min_max", "beta_gamma", "kscale_koffset",
                            "symmetric_scale", "symmetric_max", "symmetric_gamma"}) {
     EXPECT_GE(position_of(name), 0) << name;
   }
   EXPECT_GE(position_of("beta_gamma", true), 0);
   EXPECT_GE(position_of("symmetric_gamma", true), 0);
+  for (const char* name : {"symmetric_scale", "symmetric_max", "symmetric_gamma"}) {
+    EXPECT_GE(position_of(name, false, true), 0) << name;
+  }
+  EXPECT_GE(position_of("symmetric_gamma", true, true), 0);
+}
+
+TEST(Parameterization, FullRangeHasOneMoreStepBelowZero) {
+  const Range<float> range{4.0f, 0, 0, 0};
+  const auto grid_of = [&](bool full_range) {
+    return asymq::make_grid<float>(
+        asymq::make_kind(position_of("symmetric_max", false, full_range), 4, 1e-8), range);
+  };
+  EXPECT_EQ(grid_of(true).scale, 0.5f);
+  EXPECT_EQ(grid_of(true).lower, -8.0f);
+  EXPECT_EQ(grid_of(true).upper, 7.0f);
+  EXPECT_EQ(grid_of(false).scale, 8.0f / 15);
+  EXPECT_EQ(grid_of(false).lower, -7.0f);
+}
+
+TEST(LiveRange, EndsOfATokenAndOfAWeight) {
+  const QuantizerKind asymmetric = asymq::make_kind(position_of("beta_gamma"), 4, 1e-8);
+  const QuantizerKind symmetric = asymq::make_kind(position_of("symmetric_gamma"), 4, 1e-8);
+  const asymq::Extrema<float> positive{1, 3};
+  const auto ends = [&](const QuantizerKind& kind, bool token) {
+    const auto found = asymq::live_ends<float>(kind, token, positive);
+    return std::pair(found.min, found.max);
+  };
+  EXPECT_EQ(ends(asymmetric, true), std::pair(0.0f, 3.0f));
+  EXPECT_EQ(ends(asymmetric, false), std::pair(1.0f, 3.0f));
+  EXPECT_EQ(ends(symmetric, true), std::pair(-3.0f, 3.0f));
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const auto& extrema : {asymq::Extrema<float>{-infinity, 1}, {0, infinity}, {NAN, 1}}) {
+    for (const auto& kind : {asymmetric, symmetric}) {
+      const auto found = asymq::live_ends<float>(kind, true, extrema);
+      EXPECT_TRUE(std::isnan(found.min) && std::isnan(found.max));
+    }
+  }
+}
+
+TEST(LiveRange, ATokensLargestElementIsOnTheGrid) {
+  const auto scale = [](bool token, bool full_range) {
+    const auto position = position_of("symmetric_gamma", false, full_range);
+    const auto kind = asymq::make_kind(position, 4, 1e-8, token);
+    return asymq::live_scale_offset(kind, asymq::Factors<float>{1, 0}, {-7, 7}).scale;
+  };
+  EXPECT_EQ(scale(true, false), 1.0f);
+  EXPECT_EQ(scale(false, false), 7.0f / 7.5f);
+  EXPECT_EQ(scale(true, true), 7.0f / 8);
+  EXPECT_EQ(scale(false, true), 7.0f / 8);
 }
 
 TEST(Parameterization, GuardKeepsNanAndRaisesTheRest) {

@@ -17,6 +17,7 @@ using asymq::nn::calibrate;
 using asymq::nn::PerChannel;
 using asymq::nn::PerGroup;
 using asymq::nn::PerTensor;
+using asymq::nn::PerToken;
 using asymq::nn::QuantAct;
 using asymq::nn::QuantActOptions;
 using asymq::nn::Quantizer;
@@ -30,7 +31,8 @@ QuantizerOptions options_of(const Op& op) {
   return QuantizerOptions()
       .parameterization(op.parameterization)
       .symmetric(op.symmetric)
-      .sigmoid(op.sigmoid);
+      .sigmoid(op.sigmoid)
+      .full_range(op.full_range);
 }
 
 // Two quantized layers with quantized outputs.
@@ -561,6 +563,76 @@ TEST_P(ModuleTest, Options) {
   check(QuantizerOptions().sizes({6}).granularity(PerGroup{4}), {"group", "4", "6"});
   check(QuantizerOptions().sizes({6}).granularity(PerGroup{0}), {"group", "6", "0"});
   check(QuantizerOptions().granularity(PerChannel{2}), {"axis 2", "sizes"});
+  check(QuantizerOptions().full_range(true), {"full_range", "symmetric"});
+  const auto per_token = [](const char* name) {
+    return QuantActOptions().parameterization(name).granularity(PerToken());
+  };
+  const auto check_act = [](const QuantActOptions& options, std::vector<std::string> parts) {
+    parts.push_back("asymq::nn::QuantAct");
+    expect_error([&] { QuantAct act(options); }, parts);
+  };
+  check_act(per_token("min_max"), {"PerToken", "beta_gamma", "min_max"});
+  check_act(per_token("beta_gamma").fix_min(true), {"PerToken", "minimum"});
+  check_act(QuantActOptions().sizes({6}).granularity(PerToken{4}), {"group", "6", "4"});
+  check_act(QuantActOptions().granularity(PerToken{4}), {"axis", "sizes"});
+  expect_error([&] { QuantLinear(QuantLinearOptions(6, 5).weight(per_token("beta_gamma"))); },
+               {"asymq::nn::QuantLinear", "PerToken", "weight"});
+}
+
+TEST_P(ModuleTest, PerToken) {
+  for (const bool symmetric : {false, true}) {
+    for (const bool sigmoid : {false, true}) {
+      for (const std::optional<int64_t> group : {std::optional<int64_t>(), {4}}) {
+        const auto options =
+            QuantActOptions().bits(4).symmetric(symmetric).sigmoid(sigmoid).sizes({8}).granularity(
+                PerToken{group});
+        QuantAct act(options);
+        act->to(device());
+        EXPECT_TRUE(act->calibrated());
+        const Tensors factors = act->parameters();
+        ASSERT_EQ(factors.size(), symmetric ? 1u : 2u);
+        for (const Tensor& factor : factors) {
+          EXPECT_EQ(factor.sizes(), at::IntArrayRef({group ? 2 : 1}));
+          EXPECT_TRUE(factor.eq(sigmoid ? 4 : 1).all().item<bool>());
+        }
+        const Tensor want = symmetric ? asymq::fake_quantize_dynamic_symmetric_gamma(
+                                            x, factors[0], group, 4, sigmoid)
+                                      : asymq::fake_quantize_dynamic_beta_gamma(
+                                            x, factors[0], factors[1], group, 4, sigmoid);
+        EXPECT_TRUE(bit_equal(act(x), want));
+
+        // Calibration passes it by, and observing passes everything on.
+        const Tensor before = factors[0].detach().clone();
+        calibrate(*act, [] {});
+        EXPECT_TRUE(bit_equal(factors[0], before));
+        EXPECT_EQ(act->state, State::quantizing);
+        act->start_observing();
+        EXPECT_TRUE(bit_equal(act(x), x));
+        EXPECT_TRUE(act->finish_observing());
+        expect_error([&] { act->set_range(at::tensor({-1.0f}), at::tensor({1.0f})); },
+                     {"asymq::nn::QuantAct", "each token"});
+
+        // It is saved and loaded as others are.
+        {
+          const at::NoGradGuard no_grad;
+          factors[0].fill_(0.5);
+        }
+        std::stringstream file;
+        torch::save(act, file);
+        QuantAct again(options);
+        torch::load(again, file);
+        EXPECT_TRUE(bit_equal(named(*again, symmetric ? "gamma" : "beta"), factors[0]));
+        act->clear_range();
+        EXPECT_TRUE(bit_equal(factors[0], before));
+      }
+    }
+  }
+  torch::nn::Sequential net(
+      QuantLinear(QuantLinearOptions(8, 6).output(QuantActOptions().granularity(PerToken{3}))));
+  net->to(device());
+  calibrate(*net, [] {});
+  EXPECT_EQ(asymq::nn::range_parameters(*net).size(), 3u);
+  EXPECT_TRUE(net->forward(x).isfinite().all().item<bool>());
 }
 
 }  // namespace

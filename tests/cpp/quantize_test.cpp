@@ -31,6 +31,12 @@ TEST_P(QuantizeTest, RoundTripIsTheFakeQuantizer) {
       EXPECT_LE(signed_codes.abs().max().item<int64_t>(), (int64_t{1} << (bits - 1)) - 1);
       EXPECT_TRUE(at::equal(asymq::dequantize(signed_codes, scale, std::nullopt, bits),
                             asymq::fake_quantize_symmetric_scale(x, scale, bits)));
+
+      const Tensor full = asymq::quantize(x, scale, std::nullopt, bits, kEps, true);
+      EXPECT_EQ(full.scalar_type(), signed_codes.scalar_type());
+      EXPECT_GE(full.min().item<int64_t>(), -(int64_t{1} << (bits - 1)));
+      EXPECT_TRUE(at::equal(asymq::dequantize(full, scale, std::nullopt, bits, kEps, true),
+                            asymq::fake_quantize_symmetric_scale(x, scale, bits, kEps, true)));
     }
   }
 }
@@ -77,8 +83,8 @@ TEST_P(QuantizeTest, EffectiveScaleAndOffset) {
       Tensors on_device;
       for (const Tensor& p : parameters)
         on_device.push_back(p.to(device()).requires_grad_(op.learnable > 1));
-      const auto [scale, offset] = asymq::effective_scale_offset(op.parameterization, on_device,
-                                                                 bits, op.symmetric, op.sigmoid);
+      const auto [scale, offset] = asymq::effective_scale_offset(
+          op.parameterization, on_device, bits, op.symmetric, op.sigmoid, kEps, op.full_range);
       EXPECT_FALSE(scale.requires_grad());
       EXPECT_EQ(scale.sizes(), at::IntArrayRef(shape));
       ASSERT_EQ(offset.has_value(), !op.symmetric) << op;
@@ -106,7 +112,7 @@ TEST_P(QuantizeTest, ParametersOfARange) {
         SCOPED_TRACE(op.name + ", " + std::to_string(bits) + " bits, " + at::toString(dtype));
         const Tensor low = min.to(dtype).requires_grad_(), high = max.to(dtype).requires_grad_();
         const Tensors learned = asymq::parameters_of_range(op.parameterization, low, high, bits,
-                                                           op.symmetric, op.sigmoid);
+                                                           op.symmetric, op.sigmoid, op.full_range);
         ASSERT_EQ(learned.size(), op.learnable);
         for (const Tensor& parameter : learned) {
           EXPECT_EQ(parameter.scalar_type(), dtype);
@@ -118,11 +124,12 @@ TEST_P(QuantizeTest, ParametersOfARange) {
         Tensors all = learned;
         if (op.parameters == 4) all.push_back(low.detach());
         if (op.parameters > op.learnable) all.push_back(high.detach());
-        const auto [scale, offset] =
-            asymq::effective_scale_offset(op.parameterization, all, bits, op.symmetric, op.sigmoid);
+        const auto [scale, offset] = asymq::effective_scale_offset(
+            op.parameterization, all, bits, op.symmetric, op.sigmoid, kEps, op.full_range);
         const double k = static_cast<double>((int64_t{1} << bits) - 1);
         const double factor = op.sigmoid ? 1 / (1 + std::exp(-4.0)) : 1;
-        const Tensor want = factor * (op.symmetric ? 2 * max / k : (max - min) / k);
+        const Tensor want =
+            factor * (op.symmetric ? 2 * max / (k + op.full_range) : (max - min) / k);
         const double unit = dtype == at::kFloat ? 1e-6 : 1e-14;
         const Tensor guarded = want.clamp_min(kEps);
         EXPECT_TRUE(close(scale, guarded, guarded, unit));

@@ -12,9 +12,19 @@ const std::vector<Op>& ops() {
       return asymq::fake_quantize_beta_gamma(x, p[0], p[1], p[2], p[3], bits, sigmoid, eps);
     };
   };
-  const auto symmetric_gamma = [](bool sigmoid) {
-    return [sigmoid](const Tensor& x, const Tensors& p, int64_t bits, double eps) {
-      return asymq::fake_quantize_symmetric_gamma(x, p[0], p[1], bits, sigmoid, eps);
+  const auto symmetric_scale = [](bool full_range) {
+    return [full_range](const Tensor& x, const Tensors& p, int64_t bits, double eps) {
+      return asymq::fake_quantize_symmetric_scale(x, p[0], bits, eps, full_range);
+    };
+  };
+  const auto symmetric_max = [](bool full_range) {
+    return [full_range](const Tensor& x, const Tensors& p, int64_t bits, double eps) {
+      return asymq::fake_quantize_symmetric_max(x, p[0], bits, eps, full_range);
+    };
+  };
+  const auto symmetric_gamma = [](bool sigmoid, bool full_range) {
+    return [=](const Tensor& x, const Tensors& p, int64_t bits, double eps) {
+      return asymq::fake_quantize_symmetric_gamma(x, p[0], p[1], bits, sigmoid, eps, full_range);
     };
   };
   static const std::vector<Op> table = {
@@ -33,17 +43,20 @@ const std::vector<Op>& ops() {
          return asymq::fake_quantize_kscale_koffset(x, p[0], p[1], bits, eps);
        }},
       {Kind::symmetric_scale, "symmetric_scale", "scale_offset", 1, 1, true, false,
-       [](const Tensor& x, const Tensors& p, int64_t bits, double eps) {
-         return asymq::fake_quantize_symmetric_scale(x, p[0], bits, eps);
-       }},
-      {Kind::symmetric_max, "symmetric_max", "min_max", 1, 1, true, false,
-       [](const Tensor& x, const Tensors& p, int64_t bits, double eps) {
-         return asymq::fake_quantize_symmetric_max(x, p[0], bits, eps);
-       }},
+       symmetric_scale(false)},
+      {Kind::symmetric_max, "symmetric_max", "min_max", 1, 1, true, false, symmetric_max(false)},
       {Kind::symmetric_gamma, "symmetric_gamma", "beta_gamma", 1, 2, true, false,
-       symmetric_gamma(false)},
+       symmetric_gamma(false, false)},
       {Kind::symmetric_gamma, "symmetric_gamma_sigmoid", "beta_gamma", 1, 2, true, true,
-       symmetric_gamma(true)},
+       symmetric_gamma(true, false)},
+      {Kind::symmetric_scale, "symmetric_scale_full_range", "scale_offset", 1, 1, true, false,
+       symmetric_scale(true), true},
+      {Kind::symmetric_max, "symmetric_max_full_range", "min_max", 1, 1, true, false,
+       symmetric_max(true), true},
+      {Kind::symmetric_gamma, "symmetric_gamma_full_range", "beta_gamma", 1, 2, true, false,
+       symmetric_gamma(false, true), true},
+      {Kind::symmetric_gamma, "symmetric_gamma_sigmoid_full_range", "beta_gamma", 1, 2, true, true,
+       symmetric_gamma(true, true), true},
   };
   return table;
 }
@@ -66,6 +79,9 @@ std::vector<at::DeviceType> devices() {
 namespace {
 
 double levels(int64_t bits) { return static_cast<double>((int64_t{1} << bits) - 1); }
+
+// What a symmetric range's end is divided by for the scale.
+double half(const Op& op, int64_t bits) { return (levels(bits) + op.full_range) / 2; }
 
 double logistic(double v) { return 1 / (1 + std::exp(-v)); }
 
@@ -98,9 +114,9 @@ std::array<Row, 2> rows(const Op& op, const std::vector<double>& v, const Grid<T
     case Kind::symmetric_scale:
       return {scale};
     case Kind::symmetric_max:
-      return {scale * (2 / k)};
+      return {scale * (1 / half(op, bits))};
     case Kind::symmetric_gamma:
-      return {scale * (2 / k) * v[1] * slope(0)};
+      return {scale * (1 / half(op, bits)) * v[1] * slope(0)};
   }
   return {};
 }
@@ -221,13 +237,13 @@ Grid<T> grid(const Op& op, const std::vector<double>& v, int64_t bits, double ep
       s = guarded(value(0));
       break;
     case Kind::symmetric_max:
-      s = guarded(2 * value(0) / k);
+      s = guarded(value(0) / static_cast<T>(half(op, bits)));
       break;
     case Kind::symmetric_gamma:
-      s = guarded(2 * ratio(0) * value(1) / k);
+      s = guarded(ratio(0) * value(1) / static_cast<T>(half(op, bits)));
       break;
   }
-  if (op.symmetric) return {s, 0, -(k - 1) / 2, (k - 1) / 2};
+  if (op.symmetric) return {s, 0, -(k - 1) / 2 - op.full_range, (k - 1) / 2};
   const T n = std::nearbyint(z);
   return {s, z, n, n + k};
 }
@@ -261,7 +277,7 @@ Tensors parameters_of_range(const Op& op, const Tensor& min, const Tensor& max, 
     case Kind::kscale_koffset:
       return {scale * k, min / scale / k};
     case Kind::symmetric_scale:
-      return {2 * max / k};
+      return {max / half(op, bits)};
     case Kind::symmetric_max:
       return {max};
     case Kind::symmetric_gamma:

@@ -42,6 +42,7 @@ struct Op {
   bool symmetric;
   bool sigmoid;
   std::function<Tensor(const Tensor& x, const Tensors& p, int64_t bits, double eps)> call;
+  bool full_range = false;
 };
 
 const std::vector<Op>& ops();

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 from compare import assert_bit_equal, assert_sums, term_sizes
-from samples import COVERING, SAMPLES, Sample
+from samples import COVERING, DTYPES, SAMPLES, DynamicSample, Sample
 
 import asymq
 
@@ -67,6 +67,74 @@ def test_codes_equal_on_both_devices():
         assert_bit_equal(asymq.dequantize(codes.cuda(), *cuda, bits=bits).cpu(), values)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("factors", ["one", "positions", "own"])
+@pytest.mark.parametrize(
+    "vectors", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 127, 128, 129, 256, 257, 1000, 4096, 4097]
+)
+def test_live_ranges_around_every_switch(vectors, factors, dtype):
+    """Groups of so many accesses, of 16 bytes and, from an odd start, of one element: for lanes, a
+    block, longer; few rows and many."""
+    dtype, factor_dtype = DTYPES[dtype]
+    width = 16 // dtype.itemsize
+    for size, start, rows in (
+        (vectors * width, 0, 5),
+        (vectors * width, 0, 1 + 2**14 // vectors),
+        (vectors, 1, 5),
+        (vectors, 1, 1 + 2**12 // vectors),
+        (vectors * width + 1, 0, 3),
+    ):
+        shape = (rows, 3 * size)
+        x, grad = (torch.randn(start + rows * 3 * size).to(dtype) for _ in range(2))
+        x, grad = x[start:].view(shape), grad[start:].view(shape)
+        count = {"one": (1,), "positions": (3,), "own": (rows, 3)}[factors]
+        learned = [(0.6 + torch.rand(count) / 2).to(factor_dtype) for _ in range(2)]
+
+        def step(device, x=x, grad=grad, learned=learned, size=size, start=start):
+            def place(tensor):
+                # Memory of its own would start at a multiple of 16 bytes.
+                room = torch.empty(start + tensor.numel(), dtype=tensor.dtype, device=device)
+                return room[start:].view(tensor.shape).copy_(tensor)
+
+            leaves = [t.requires_grad_() for t in (place(x), *(p.to(device) for p in learned))]
+            if factors == "own":
+                xhat = asymq.ops._fake_quantize_live(*leaves, group=size, bits=4)
+            else:
+                xhat = asymq.fake_quantize_dynamic_beta_gamma(*leaves, group=size, bits=4)
+            return xhat, *torch.autograd.grad(xhat, leaves, place(grad))
+
+        expected, actual = step("cpu"), step("cuda")
+        for e, a in zip(expected[:2], actual[:2], strict=True):
+            assert_bit_equal(a.cpu(), e)
+        terms = (x.abs().amax() * grad.double().abs()).view(rows, 3, size).sum(-1)
+        if factors != "own":
+            terms = terms.sum(0) if factors == "positions" else terms.sum().view(1)
+        exact = factor_dtype == torch.float64
+        for e, a in zip(expected[2:], actual[2:], strict=True):
+            assert_sums(a.cpu(), e, 2 * terms, exact=exact)
+
+
+@pytest.mark.parametrize("group", [None, 4096, 96])
+def test_one_long_row_of_live_range(group):
+    """Read by many blocks, whose extrema and sums meet."""
+    x, grad = torch.randn(2, 1, 3 * 2**19).to(torch.bfloat16)
+    beta, gamma = torch.tensor([0.9]), torch.tensor([0.7])
+
+    def step(device):
+        leaves = [t.to(device).requires_grad_() for t in (x, beta, gamma)]
+        xhat = asymq.fake_quantize_dynamic_beta_gamma(*leaves, group=group, bits=8)
+        return xhat, *torch.autograd.grad(xhat, leaves, grad.to(device))
+
+    expected, actual, again = step("cpu"), step("cuda"), step("cuda")
+    for e, a in zip(expected[:2], actual[:2], strict=True):
+        assert_bit_equal(a.cpu(), e)
+    terms = (x.abs().amax() * grad.double().abs()).sum().view(1)
+    for e, a in zip(expected[2:], actual[2:], strict=True):
+        assert_sums(a.cpu(), e, 2 * terms)
+    for a, b in zip(actual, again, strict=True):
+        assert_bit_equal(a, b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 def test_more_than_2_to_31_elements(granularity):
@@ -104,6 +172,32 @@ def test_more_than_2_to_31_elements(granularity):
         expected_offset = torch.full_like(scale, 2.0 * count)
     torch.testing.assert_close(d_scale, expected_scale, rtol=2e-6, atol=0)
     torch.testing.assert_close(d_offset, expected_offset, rtol=2e-6, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [None, 128, 8])
+def test_live_ranges_of_more_than_2_to_31_elements(group):
+    """Rows that repeat have results and gradients that repeat; so does one row of them all."""
+    rows, columns = 2**16 + 1, 2**15 + 128
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * rows * columns:
+        pytest.skip("not enough GPU memory")
+    row = torch.randn(1, columns, device="cuda").to(torch.bfloat16)
+    grad = torch.rand(1, columns, device="cuda").to(torch.bfloat16)
+    for shape in ((rows, columns), (1, rows * columns)):
+
+        def step(x, grad):
+            factors = [torch.full((1,), 0.8, device="cuda", requires_grad=True) for _ in range(2)]
+            leaves = (x.requires_grad_(), *factors)
+            xhat = asymq.fake_quantize_dynamic_beta_gamma(*leaves, group=group, bits=4)
+            return xhat, *torch.autograd.grad(xhat, leaves, grad)
+
+        expected = step(row.clone(), grad)
+        repeated = (tensor.repeat(rows, 1).view(shape) for tensor in (row, grad))
+        actual = step(*repeated)
+        for e, a in zip(expected[:2], actual[:2], strict=True):
+            assert (a.view(rows, columns) == e).all()
+        for e, a in zip(expected[2:], actual[2:], strict=True):
+            torch.testing.assert_close(a, rows * e, rtol=2e-5, atol=0)
 
 
 GRANULARITIES = ["one", "axis0", "last", "groups", "blocks_two"]
@@ -161,6 +255,27 @@ def test_cuda_graph_of_a_training_step(granularity):
         with torch.no_grad():
             inputs.x.mul_(scale)
             inputs.parameters[1].mul_(scale)
+        graph.replay()
+        for a, e in zip(captured, step(sample, inputs), strict=True):
+            assert_bit_equal(a, e)
+
+
+@pytest.mark.parametrize("granularity", ["token", "groups", "positions"])
+def test_cuda_graph_of_live_ranges(granularity):
+    """Captured forward and backward, which read nothing back, replayed on new values."""
+    sample = DynamicSample(granularity=granularity, size="millions")
+    inputs = sample.build("cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(sample, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(sample, inputs)
+    for shift in (0.0, 0.5):
+        with torch.no_grad():
+            inputs.x.add_(shift)
+            inputs.parameters[1].mul_(0.5)
         graph.replay()
         for a, e in zip(captured, step(sample, inputs), strict=True):
             assert_bit_equal(a, e)

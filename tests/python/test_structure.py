@@ -33,7 +33,7 @@ def test_rounding_is_written_once():
 
 
 def test_the_mathematics_knows_no_torch():
-    for header in ("quant_math.h", "parameterization.h"):
+    for header in ("quant_math.h", "parameterization.h", "live_range.h"):
         names = includes(ROOT / "csrc/include/asymq" / header)
         assert not [n for n in names if re.match(r"torch/|ATen/|c10/", n)], header
 

@@ -34,13 +34,6 @@ struct Extrema {
   T min, max;
 };
 
-/// The extrema of two parts of a group.
-template <class T>
-ASYMQ_HOST_DEVICE Extrema<T> combine(const Extrema<T>& a, const Extrema<T>& b) {
-  return {b.min < a.min || b.min != b.min ? b.min : a.min,
-          b.max > a.max || b.max != b.max ? b.max : a.max};
-}
-
 template <class P>
 ASYMQ_HOST_DEVICE Factors<P> apply_factors(const QuantizerKind& kind, P first, P second) {
   if (!has_sigmoid(kind)) return {first, second};

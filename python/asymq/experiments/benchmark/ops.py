@@ -24,9 +24,18 @@ from asymq.experiments.common.provenance import header
 BITS = 8
 GROUP = 128
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GRANULARITIES = ("tensor", "axis0", "last_axis", "groups")
-# frozen_x: x needs no gradient, dx is neither computed nor written.
-MEASURES = ("forward", "backward", "both", "backward_frozen_x", "both_frozen_x")
+# The last two have the live ranges of the rows and of their groups, on one β and one γ for all.
+GRANULARITIES = ("tensor", "axis0", "last_axis", "groups", "token", "token_groups")
+# frozen_x: x needs no gradient, dx is neither computed nor written. frozen_range: the range learns
+# nothing.
+MEASURES = (
+    "forward",
+    "backward",
+    "both",
+    "backward_frozen_x",
+    "both_frozen_x",
+    "both_frozen_range",
+)
 
 GRAPH_LEAST = 100_000  # elements
 WARM_MOST = 32 << 20  # bytes
@@ -56,7 +65,16 @@ class Case:
             "axis0": (rows, 1),
             "last_axis": (1, columns),
             "groups": (rows, columns // GROUP),
-        }[self.granularity]
+        }.get(self.granularity, (1,))
+
+    @property
+    def live(self):
+        return self.granularity.startswith("token")
+
+    @property
+    def options(self):
+        """Of the quantizer's function."""
+        return {"bits": BITS} | ({"group": GROUP} if self.granularity == "token_groups" else {})
 
 
 @dataclass
@@ -91,10 +109,21 @@ def straight_through(x, low, high, *, bits):
     return ((codes + origin) * scale).to(dtype).reshape(shape)
 
 
+def straight_through_live(x, beta, gamma, *, bits, group=None):
+    """The same on the live range of each token or group."""
+    blocks = x.unflatten(-1, (-1, group or x.shape[-1]))
+    low, high = blocks.detach().aminmax(dim=-1, keepdim=True)
+    low, high = (end.to(beta.dtype) for end in (low.clamp(max=0), high.clamp(min=0)))
+    scale = (gamma * high - beta * low) / (2**bits - 1)
+    origin = round_straight_through(beta * low / scale)
+    codes = torch.clamp(round_straight_through(blocks / scale) - origin, 0, 2**bits - 1)
+    return ((codes + origin) * scale).to(x.dtype).reshape(x.shape)
+
+
 def torch_core(case):
     """torch's own learnable operator. It takes a scale and a zero point and knows no groups."""
-    if case.granularity == "groups":
-        raise RuntimeError("has no groups")
+    if case.granularity == "groups" or case.live:
+        raise RuntimeError("has no groups and no live ranges")
     k = 2**BITS - 1
 
     def per_tensor(x, scale, zero_point):
@@ -109,20 +138,31 @@ def torch_core(case):
     return per_tensor if case.granularity == "tensor" else per_channel
 
 
+def on_ranges(static, live):
+    """On the ends of static ranges, or on the factors of live ones."""
+
+    def of(case):
+        function = live if case.live else static
+        return lambda x, *learned: function(x, *learned, **case.options)
+
+    return of
+
+
+by_reference = on_ranges(
+    reference.fake_quantize_min_max, reference.fake_quantize_dynamic_beta_gamma
+)
+
+
 def compiled(case):
     torch.compiler.reset()
-    return torch.compile(lambda x, *ranges: reference.fake_quantize_min_max(x, *ranges, bits=BITS))
-
-
-def on_ranges(function):
-    return lambda case: lambda x, *ranges: function(x, *ranges, bits=BITS)
+    return torch.compile(by_reference(case))
 
 
 METHODS = {
     "copy": lambda case: None,
-    "asymq": on_ranges(asymq.fake_quantize_min_max),
-    "straight_through": on_ranges(straight_through),
-    "reference": on_ranges(reference.fake_quantize_min_max),
+    "asymq": on_ranges(asymq.fake_quantize_min_max, asymq.fake_quantize_dynamic_beta_gamma),
+    "straight_through": on_ranges(straight_through, straight_through_live),
+    "reference": by_reference,
     "compiled": compiled,
     "torch_core": torch_core,
 }
@@ -131,6 +171,8 @@ NOT_CAPTURABLE = {"torch_core"}
 
 
 def learned_tensors(method, case):
+    if case.live:
+        return [torch.ones(1, device=case.device, requires_grad=True) for _ in range(2)]
     low = torch.full(case.range_shape, -3.0, device=case.device)
     high = torch.full(case.range_shape, 4.0, device=case.device)
     if method == "torch_core":
@@ -158,6 +200,10 @@ def calls(method, case, xs, gs):
     def both(x, g, inputs):
         return lambda: grad(function(x, *learned), inputs, g)
 
+    def both_frozen_range(x, g, inputs):
+        frozen = [tensor.detach() for tensor in learned]
+        return lambda: grad(function(x, *frozen), inputs[:1], g)
+
     def learn_all(make):
         return lambda: [make(x, g, (x, *learned)) for x, g in zip(xs, gs, strict=True)]
 
@@ -167,6 +213,7 @@ def calls(method, case, xs, gs):
     measures = [learn_all(make) for make in (forward, backward, both)]
     if method == "asymq":
         measures += [freeze_x(make) for make in (backward, both)]
+        measures += [learn_all(both_frozen_range)]
     return dict(zip(MEASURES, measures, strict=False))
 
 
@@ -252,6 +299,8 @@ def cases(device, quick, dtypes, granularities):
             "axis0": [small[1], large] if quick else [small[1], *weights, large],
             "last_axis": [large],
             "groups": [large],
+            "token": [large],
+            "token_groups": [large],
         }
     elif quick:
         shapes = {
@@ -259,6 +308,8 @@ def cases(device, quick, dtypes, granularities):
             "axis0": [small[1], (3072, 768), (16384, 3072)],
             "last_axis": [(16384, 3072)],
             "groups": [(16384, 3072)],
+            "token": [(16384, 8192)],
+            "token_groups": [(16384, 8192)],
         }
     else:
         sizes = [
@@ -275,6 +326,8 @@ def cases(device, quick, dtypes, granularities):
             "axis0": [small[1], *weights, (8192, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
             "last_axis": [(3072, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
             "groups": [(3072, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
+            "token": [(16384, 2048), (16384, 8192), (8192, 14336)],
+            "token_groups": [(16384, 2048), (16384, 8192), (8192, 14336)],
         }
     for granularity in granularities:
         for shape in shapes[granularity]:
@@ -284,7 +337,7 @@ def cases(device, quick, dtypes, granularities):
 
 # Compiling takes longer than measuring: a few shapes are enough.
 COMPILED: dict[str, set[tuple[int, ...]]] = {
-    "cuda": {(48 << 20,), (16384, 3072)},
+    "cuda": {(48 << 20,), (16384, 3072), (16384, 8192)},
     "cpu": {(8192, 3072)},
 }
 
@@ -293,10 +346,12 @@ def markdown(rows, skipped, head):
     """One line per case and method: the time of forward + backward and every measure in copies."""
     lines = ["# Cost of one fake-quantize", "", *(f"- {line}" for line in head), ""]
     lines += [
-        "Columns after the time are multiples of copying the tensor once; `frozen x`: without dx.",
+        "Columns after the time are multiples of copying the tensor once; `frozen x`: without dx, "
+        "`frozen range`: dx alone.",
         "",
     ]
-    titles = ("forward", "backward", "both", "backward, frozen x", "both, frozen x")
+    titles: tuple[str, ...] = ("forward", "backward", "both")
+    titles += ("backward, frozen x", "both, frozen x", "both, frozen range")
     lines.append(
         "| dtype | granularity | shape | method | mode | both, ms | " + " | ".join(titles) + " |"
     )
@@ -320,7 +375,7 @@ def run(args):
     torch.set_num_threads(args.threads)
     against = recorded.read(args, OpTime, [])
     span = 0.03 if args.quick else 0.06
-    head = header(args.device, f"{BITS} bits, min_max")
+    head = header(args.device, f"{BITS} bits, min_max, of tokens beta_gamma")
     rows: list[OpTime] = []
     skipped: dict[tuple[str, str], list[str]] = {}
     print("\n".join(head))
@@ -372,7 +427,7 @@ def measure_case(case, methods, span, rows, skipped):
                 )
                 rows.append(row)
                 print(
-                    f"{dtype:8} {case.granularity:9} {shape:>11} {method:16} {name:17} {mode:11} "
+                    f"{dtype:8} {case.granularity:12} {shape:>11} {method:16} {name:17} {mode:11} "
                     f"{row.milliseconds:10.4f} ms {row.copies:8.2f} copies",
                     flush=True,
                 )
@@ -380,7 +435,7 @@ def measure_case(case, methods, span, rows, skipped):
             reason = first_line(error)[:100]
             skipped.setdefault((method, reason), []).append(f"{dtype} {case.granularity} {shape}")
             print(
-                f"{dtype:8} {case.granularity:9} {shape:>11} {method:16} skipped: {reason}",
+                f"{dtype:8} {case.granularity:12} {shape:>11} {method:16} skipped: {reason}",
                 file=sys.stderr,
             )
         gc.collect()
