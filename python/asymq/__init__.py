@@ -12,6 +12,7 @@ from asymq import _library, _moved
 _library.load()
 _moved.install()
 
+from asymq import integrations  # noqa: E402
 from asymq._build import VERSION as __version__  # noqa: E402
 from asymq.calibration import calibrate  # noqa: E402
 from asymq.checkpoint import load, save  # noqa: E402
@@ -100,6 +101,8 @@ __all__ = [
     "use_functions",
     "weight_parameters",
 ]
+
+integrations.install()
 
 
 def __getattr__(name: str):

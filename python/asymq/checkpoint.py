@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from asymq.config import QuantConfig
+from asymq.description import DESCRIPTION, describe, encode, read, whole_tensors
 from asymq.models.root import Prepared
 from asymq.preparation import prepare
-from asymq.quantizers import QuantSpec, elements, is_split, named_quantizers
+from asymq.quantizers import elements, is_split, named_quantizers
 from asymq.wrappers import unwrap
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "asymq.json"
-FORMAT = 1
-_FIELDS = {"format", "class", "dtype", "config", "generation_config", "quantizers"}
+WEIGHTS = "model.safetensors"
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -33,35 +32,15 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     one writes. ValueError: the model has no quantizers.
     """
     model = unwrap(model)
-    specs = {name: quantizer.spec.to_dict() for name, quantizer in named_quantizers(model)}
-    if not specs:
+    description = describe(model)
+    if not description["quantizers"]:
         raise ValueError("asymq.save: the model has no quantizers; call asymq.prepare first")
-    description = {
-        "format": FORMAT,
-        "class": type(model).__name__.removeprefix("FSDP"),
-        "dtype": str(_weight_dtype(model)).removeprefix("torch."),
-        "config": _settings(model, "config"),
-        "generation_config": _settings(model, "generation_config"),
-        "quantizers": specs,
-    }
     split = any(map(is_split, model.parameters()))
-    tensors = _tensors(model)
+    tensors = whole_tensors(model)
     if not split or dist.get_rank() == 0:
         _write(Path(folder), tensors, description)
     if split:
         dist.barrier()
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state, tied tensors once under their first name."""
-    state: dict[str, Tensor] = {}
-    first: dict[int | tuple, str] = {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if is_split(tensor) else tensor
-        key = id(tensor) if tensor is not whole else elements(whole)
-        if first.setdefault(key, name) == name:
-            state[name] = whole.contiguous()
-    return state
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -70,7 +49,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]
     work = Path(tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=folder))
     try:
         save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
-        (work / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        (work / DESCRIPTION).write_text(encode(description))
         for name in (WEIGHTS, DESCRIPTION):
             os.replace(work / name, folder / name)
     finally:
@@ -86,7 +65,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """The model that `save` wrote, in evaluation mode on the CPU.
+    """The model that `save` wrote, or `save_pretrained`, in evaluation mode on the CPU.
 
     model: a float model of the saved class, needed where it is not one of transformers; it is
     prepared in place, unless its layers have their quantizers already. ValueError: not such a
@@ -94,26 +73,12 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
     structure.
     """
     folder = Path(folder)
-    description = _read_description(folder)
-    try:
-        specs = {k: QuantSpec.from_dict(v) for k, v in description["quantizers"].items()}
-    except ValueError as error:
-        raise ValueError(f"asymq.load: {folder / DESCRIPTION}: {error}") from None
+    description = read(folder / DESCRIPTION, "asymq.load")
     if model is None:
         model = _float_model(description)
-    own = dict(named_quantizers(model))
-    if not isinstance(model, Prepared) and specs.keys() - own.keys():
-        # Exactly the saved quantizers, by name.
-        overrides = {name: spec for name, spec in specs.items() if name not in own}
-        try:
-            prepare(model, QuantConfig(overrides=overrides), allow_lookahead=True)
-        except ValueError as error:
-            raise ValueError(
-                f"asymq.load: {folder} holds a {description['class']}, which this "
-                f"{type(model).__name__} does not fit: {error}"
-            ) from None
+    give_quantizers(model, description, f"asymq.load: {folder}")
     try:
-        state = load_file(str(folder / WEIGHTS))
+        state = _read_tensors(folder)
         _take_dtypes(model, state)
         model.load_state_dict(_with_ties(state, model))
     except Exception as error:
@@ -123,23 +88,31 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
     return model.eval()
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
+def give_quantizers(model: nn.Module, description: dict[str, Any], what: str) -> None:
+    """Puts exactly the quantizers of `description` into `model`, unless it has them. ValueError, in
+    which `what` names the folder: they do not fit."""
+    own = dict(named_quantizers(model))
+    specs = {k: v for k, v in description["quantizers"].items() if k not in own}
+    if isinstance(model, Prepared) or not specs:
+        return
     try:
-        description = json.loads(path.read_text())
-        missing = sorted(_FIELDS - description.keys())
-    except (OSError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"asymq.load: {folder} holds no model saved by asymq: {error}") from None
-    if description.get("format", FORMAT) != FORMAT:
+        prepare(model, QuantConfig(overrides=specs), allow_lookahead=True)
+    except ValueError as error:
         raise ValueError(
-            f"asymq.load: {path} has the format {description['format']!r}, this version of asymq "
-            f"reads {FORMAT}: use the version that saved it, or a later one"
-        )
-    if missing:
-        raise ValueError(
-            f"asymq.load: {folder} holds no model saved by asymq: {path} lacks {', '.join(missing)}"
-        )
-    return description
+            f"{what} holds a {description['class']}, which this {type(model).__name__} does not "
+            f"fit: {error}"
+        ) from None
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Of one file, or of the several that transformers makes of a large model."""
+    files, index = [WEIGHTS], folder / f"{WEIGHTS}.index.json"
+    if index.exists() and not (folder / WEIGHTS).exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    state: dict[str, Tensor] = {}
+    for name in files:
+        state |= load_file(str(folder / name))
+    return state
 
 
 def _float_model(description: dict[str, Any]) -> nn.Module:
@@ -173,15 +146,3 @@ def _with_ties(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     stored = {elements(own[name]): name for name in state if name in own}
     ties = {name: stored.get(elements(tensor)) for name, tensor in own.items()}
     return state | {name: state[other] for name, other in ties.items() if other is not None}
-
-
-def _settings(model: nn.Module, name: str) -> dict | None:
-    """transformers' settings of a model; None where there are none, or they are something else."""
-    to_dict = getattr(getattr(model, name, None), "to_dict", None)
-    return None if to_dict is None else to_dict()
-
-
-def _weight_dtype(model: nn.Module) -> torch.dtype:
-    ranges = {id(p) for _, q in named_quantizers(model) for p in q.parameters()}
-    weights = (p.dtype for p in model.parameters() if id(p) not in ranges)
-    return next(weights, torch.float32)

@@ -8,11 +8,12 @@ from asymq import training
 from asymq.config import QuantConfig
 from asymq.layers.quantized import need_own_forward, put_in
 from asymq.models import family_of, generic
+from asymq.models.pretrained import QuantPreTrained
 from asymq.models.root import Prepared
 from asymq.models.sites import Plan
 from asymq.quantizers import is_split, named_quantizers
 from asymq.quantizers.quantizer import PICKLE_OF_0_1
-from asymq.wrappers import is_sharded, wrapper_of
+from asymq.wrappers import is_sharded, pretrained_models, wrapper_of
 
 WHAT = "asymq.prepare"
 
@@ -40,6 +41,8 @@ def prepare(model: nn.Module, config: QuantConfig, allow_lookahead: bool = False
     plan.give_weights_quantizers()
     plan.check(allow_lookahead)
     plan.apply()
+    for pretrained in pretrained_models(model):
+        put_in(pretrained, QuantPreTrained, {})
     put_in(model, Prepared, {})
     for name, quantizer in named_quantizers(model):
         quantizer.name = name  # the model's own had none, or that within their layer

@@ -1,8 +1,9 @@
-"""Modules that others put around a model."""
+"""Modules that others put around a model, and models of transformers within others."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -47,3 +48,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP has taken it over."""
     return any(_is(module, place) for place in _SHARDED)
+
+
+def pretrained_models(module: nn.Module) -> Iterator[nn.Module]:
+    """The models of transformers that are this module or lie within it, but not within another."""
+    if _is(module, ("transformers.modeling_utils", "PreTrainedModel")):
+        yield module
+        return
+    for child in module.children():
+        yield from pretrained_models(child)

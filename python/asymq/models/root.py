@@ -97,16 +97,6 @@ class QuantCausalLM(Quantized):
     def loss_function(self, value) -> None:
         self._loss_function = value
 
-    def save_pretrained(self, *args, **kwargs):
-        """As transformers, which opens the folder again without its quantizers: so it is said."""
-        warnings.warn(
-            "asymq: from_pretrained will open this folder as a float model, without its quantizers;"
-            " write it with asymq.save and open it with asymq.load, or prepare the model that "
-            "from_pretrained opens and load the state into it",
-            stacklevel=2,
-        )
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
-
     def begin(self) -> None:
         """The configuration says which attention runs; others may share it: this gets its own."""
         from asymq.layers.attention import NAME, QuantAttention

@@ -1,0 +1,103 @@
+"""`from_pretrained` of a folder that a prepared model's `save_pretrained` has written, and a Trainer
+that knows learned ranges.
+
+Imported by itself where asymq and transformers are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from asymq.checkpoint import give_quantizers
+from asymq.description import DESCRIPTION, read
+from asymq.models.pretrained import METHOD, NOTE
+from asymq.training import weight_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(METHOD)
+class AsymqConfig(QuantizationConfigMixin):
+    """What config.json says of a folder with quantizers; they are in asymq.json."""
+
+    def __init__(self, **fields):
+        self.__dict__.update({**NOTE, **fields})
+
+
+@register_quantizer(METHOD)
+class AsymqQuantizer(HfQuantizer):
+    """Prepares the model, which is empty still, as the saved one was; its tensors come by name."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "asymq: from_pretrained does not quantize: call asymq.prepare with the model that "
+                "it returns"
+            )
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "asymq: from_pretrained: device_map must not have 'disk': a weight that is on disk "
+                "cannot be read through its quantizer"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError(
+                "asymq: from_pretrained: needs the folder that save_pretrained wrote, in which "
+                f"{DESCRIPTION} names the quantizers; load a state into a prepared model with "
+                "load_state_dict"
+            )
+        path = Path(checkpoint_files[0]).with_name(DESCRIPTION)
+        if not path.exists():
+            path = _download(model) or path
+        description = read(path, "asymq: from_pretrained")
+        _tie(model)
+        give_quantizers(model, description, f"asymq: from_pretrained: {path.parent}")
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs) -> None:
+        """It is a prepared model, which trains, moves and casts as any: what transformers keeps
+        quantized models from does not hold for it."""
+        self.remove_quantization_config(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Ties what transformers ties when the weights are there, but quantizers are shared by it."""
+    for name, source in model.all_tied_weights_keys.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, model.get_parameter(source))
+
+
+def _download(model: PreTrainedModel) -> Path | None:
+    """Of a repository, of which from_pretrained has taken the files that it knows."""
+    config = model.config
+    revision = getattr(config, "_commit_hash", None)
+    file = cached_file(
+        config.name_or_path,
+        DESCRIPTION,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return None if file is None else Path(file)
