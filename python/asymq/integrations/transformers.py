@@ -44,10 +44,12 @@ class AsymqQuantizer(HfQuantizer):
             )
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if places & {"cpu", "disk"} and places != {"cpu"}:
             raise ValueError(
-                "asymq: from_pretrained: device_map must not have 'disk': a weight that is on disk "
-                "cannot be read through its quantizer"
+                "asymq: from_pretrained: device_map leaves a part of the model on the CPU or on "
+                "disk, where its weight cannot be read through its quantizer: give it devices "
+                "with more memory (max_memory), or 'cpu' alone"
             )
 
     def _process_model_before_weight_loading(
@@ -62,6 +64,12 @@ class AsymqQuantizer(HfQuantizer):
         path = Path(checkpoint_files[0]).with_name(DESCRIPTION)
         if not path.exists():
             path = _download(model) or path
+        if not path.exists():
+            raise ValueError(
+                f"asymq: from_pretrained: {path.parent} has no {DESCRIPTION}, which names the "
+                "quantizers: save the prepared model again, or delete quantization_config in its "
+                "config.json to open a float model"
+            )
         description = read(path, "asymq: from_pretrained")
         _tie(model)
         give_quantizers(model, description, f"asymq: from_pretrained: {path.parent}")

@@ -221,4 +221,20 @@ class QuantOutput(Quantized):
         def forward(self, *args, **kwargs) -> Tensor:
             return apply(self.output_quantizer, float_class.forward(self, *args, **kwargs))
 
-        return {"forward": forward}
+        members: dict[str, Any] = {"forward": forward}
+        if hasattr(float_class, "get_base_layer"):
+            members["unload_and_optionally_merge_module"] = _unload_adapter
+        return members
+
+
+def _unload_adapter(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
+    """What peft puts in the place of an adapter that is taken off: the layer in it, which gets the
+    quantizer of their output. (That of an embedding is on its weight's grid then.)"""
+    if merge:
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    layer, quantizer = self.get_base_layer(), self.output_quantizer
+    if not isinstance(layer, Quantized):
+        put_in(layer, QuantOutput, {"output_quantizer": quantizer})
+    elif getattr(layer, "has_output", "output_quantizer" in layer.sites):
+        layer.output_quantizer = quantizer
+    return layer

@@ -19,7 +19,7 @@ def plan(plan: Plan, model: nn.Module) -> None:
     done: list[str] = []  # prefixes of what somebody else has planned
     found = families = False
     for name, module in model.named_modules():
-        if f"{name}.".startswith(tuple(done)):
+        if f"{name}.".startswith(tuple(done)) or _is_of_adapter(name):
             continue
         family = family_of(module) if name else None
         base = None if isinstance(module, Quantized) else registry.find(type(module))
@@ -59,3 +59,9 @@ def plan(plan: Plan, model: nn.Module) -> None:
             + (f", and left alone: {', '.join(what)}" if what else ""),
             stacklevel=4,
         )
+
+
+def _is_of_adapter(name: str) -> bool:
+    """Whether a module is what an adapter adds to the model, which stays float: LoRA's matrices,
+    whoever wrote it, and peft's prompts."""
+    return any(part.startswith("lora_") or part == "prompt_encoder" for part in name.split("."))

@@ -21,22 +21,33 @@ class Prepared(Quantized):
     """The root of a prepared model, within which forwards share and states are whole."""
 
     expect_reached: bool  # whether the next forward has to say what it does not reach
+    adapters: tuple[str, ...] = ()  # peft's, which may compute past the layers that they are put on
 
     def begin(self) -> None:
         self.expect_reached = True
+        self.adapters = self._find_adapters()
 
     def end(self) -> None:
         del self.expect_reached
+        self.__dict__.pop("adapters", None)
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
+        if self.adapters != (adapters := self._find_adapters()):
+            self.adapters, self.expect_reached = adapters, True
+            for _, quantizer in named_quantizers(self):
+                quantizer.reached = False
         with sharing():
             result = super().__call__(*args, **kwargs)
         if self.expect_reached:
             self.expect_reached = False
-            warn_of_unreached(self, "the first forward after asymq.prepare")
+            what = f" with the adapters {', '.join(self.adapters)}" if self.adapters else ""
+            warn_of_unreached(self, f"the first forward after asymq.prepare{what}")
         return result
+
+    def _find_adapters(self) -> tuple[str, ...]:
+        return tuple(getattr(self, "peft_config", ()))
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """A state of other quantizers raises before anything is changed."""
