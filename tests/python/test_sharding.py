@@ -1,12 +1,11 @@
 """FSDP2, DDP and torch.distributed.checkpoint: two processes on the CPU."""
 
 import functools
-import os
-import socket
 import warnings
 
 import pytest
 import torch
+from processes import run
 from tiny_models import gpt2, logits, next_token_loss, prepared, tokens
 from torch import distributed as dist
 from torch import nn
@@ -17,25 +16,6 @@ from asymq.quantizers import named_quantizers
 
 TABLE2 = QuantConfig.table2("min_max")
 BATCH = (4, 12)
-
-
-def run(function, *arguments):
-    """function(rank, *arguments) in two processes, of which one rank prints what went wrong."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (port, function, arguments), nprocs=2)
-
-
-def _start(rank, port, function, arguments):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        function(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
 
 
 def mine(rank):
@@ -162,6 +142,108 @@ def _ddp(rank):
 @pytest.mark.slow
 def test_ddp():
     run(_ddp)
+
+
+# ---- what resumes, and on how many processes ------------------------------------------------------
+
+
+def _optimizer(model):
+    weights = {"params": asymq.weight_parameters(model), "weight_decay": 0.1}
+    return torch.optim.AdamW([weights, *asymq.range_parameters(model, lr=1e-2)], lr=1e-3)
+
+
+def _losses(model, optimizer, batch):
+    """Of two steps, over all processes."""
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = next_token_loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= 2
+    return losses
+
+
+def _save(model, optimizer, folder):
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save(state, checkpoint_id=folder)
+
+
+def _load(model, optimizer, folder):
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+
+def _sharded(model):
+    model = by_blocks(model, asymq.shard)
+    return model, _optimizer(model)
+
+
+def _two_processes(rank, folder):
+    # From one process to two.
+    model, optimizer = _sharded(asymq.prepare(gpt2(), TABLE2))
+    _load(model, optimizer, folder / "one")
+    losses = _losses(model, optimizer, mine(rank))
+    torch.testing.assert_close(losses, torch.load(folder / "one.pt"), rtol=1e-3, atol=0)
+
+    # From two processes to one: what the first one writes is compared there.
+    model, optimizer = _sharded(prepared(gpt2(), "min_max"))
+    _losses(model, optimizer, mine(rank))
+    _save(model, optimizer, folder / "fsdp")
+    model.save_pretrained(folder / "pretrained")
+    dist.barrier()
+    fsdp = _losses(model, optimizer, mine(rank))
+
+    model = prepared(gpt2(), "min_max")
+    wrapped, optimizer = nn.parallel.DistributedDataParallel(model), _optimizer(model)
+    _losses(wrapped, optimizer, mine(rank))
+    _save(wrapped, optimizer, folder / "ddp")
+    ddp = _losses(wrapped, optimizer, mine(rank))
+    if rank == 0:
+        torch.save({"fsdp": fsdp, "ddp": ddp}, folder / "two.pt")
+
+
+@pytest.mark.slow
+def test_resumes_on_another_number_of_processes(tmp_path):
+    """With the losses that the processes that go on have: optimizer and ranges are as they were."""
+    model = prepared(gpt2(), "min_max")
+    optimizer = _optimizer(model)
+    _losses(model, optimizer, tokens(*BATCH))
+    _save(model, optimizer, tmp_path / "one")
+    torch.save(_losses(model, optimizer, tokens(*BATCH)), tmp_path / "one.pt")
+
+    run(_two_processes, tmp_path)
+    expected = torch.load(tmp_path / "two.pt")
+    for kind, losses in expected.items():
+        model = asymq.prepare(gpt2(), TABLE2)
+        optimizer = _optimizer(model)
+        _load(model, optimizer, tmp_path / kind)
+        if kind == "fsdp":
+            again = type(gpt2()).from_pretrained(tmp_path / "pretrained")
+            assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+        actual = _losses(model, optimizer, tokens(*BATCH))
+        torch.testing.assert_close(actual, losses, rtol=1e-3, atol=0)
+        assert actual[1] < actual[0]
 
 
 def test_distributed_checkpoint(tmp_path):

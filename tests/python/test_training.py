@@ -1,13 +1,12 @@
 """Range parameters, step rules, and training under PyTorch's own tools."""
 
 import copy
-import os
-import socket
 import warnings
 
 import pytest
 import torch
 from compare import assert_bit_equal
+from processes import run
 from tiny_models import (
     FAMILIES,
     SETTINGS,
@@ -461,26 +460,17 @@ def test_trainer(tmp_path):
 # ---- two processes -----------------------------------------------------------------------------
 
 
-def _distributed(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _distributed(rank, folder):
     model = prepared(gpt2()).double()
     wrapped = nn.parallel.DistributedDataParallel(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        next_token_loss(wrapped, tokens(4, 12)[2 * rank : 2 * rank + 2]).backward()
+    next_token_loss(wrapped, tokens(4, 12)[2 * rank : 2 * rank + 2]).backward()
     torch.save({n: p.grad for n, p in model.named_parameters()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Their gradients are the ones of one process with the whole batch."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(_distributed, (port, tmp_path), nprocs=2)
+    run(_distributed, tmp_path)
     model = prepared(gpt2()).double()
     expected = gradients(model, next_token_loss(model, tokens(4, 12)))
     for rank in range(2):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+from torch.optim import Optimizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
@@ -109,3 +111,44 @@ def _download(model: PreTrainedModel) -> Path | None:
         _raise_exceptions_for_missing_entries=False,
     )
     return None if file is None else Path(file)
+
+
+class RangeTrainerMixin:
+    """Before transformers' Trainer, or one made of it: learned ranges without weight decay, for
+    whatever optimizer it makes, and with a learning rate of their own.
+
+        class QuantTrainer(RangeTrainerMixin, Trainer):
+            range_lr = 1e-3
+    """
+
+    range_lr: float | None = None  # None: that of the weights
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        ranges = set(_named_ranges(model))
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in names if name not in ranges]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        given = self.optimizer is not None  # type: ignore[has-type]
+        self.optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self.range_lr is not None and not given:
+            trained = self.model if model is None else model  # type: ignore[attr-defined]
+            _give_rate(self.optimizer, list(_named_ranges(trained).values()), self.range_lr)
+        return self.optimizer
+
+
+def _named_ranges(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By all their names: a shared quantizer's have several."""
+    weights = {id(p) for p in weight_parameters(model)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in parameters if id(p) not in weights}
+
+
+def _give_rate(optimizer: Optimizer, ranges: list[nn.Parameter], lr: float) -> None:
+    """Moves the ranges out of their groups into such of their own."""
+    own = {id(p) for p in ranges}
+    for group in list(optimizer.param_groups):
+        inside = [p for p in group["params"] if id(p) in own]
+        if inside:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({**group, "params": inside, "lr": lr})

@@ -79,7 +79,7 @@ def _look_at(optimizer: Optimizer, *_) -> None:
                 f"asymq: {type(optimizer).__name__} {harm} {count} learned ranges: give it "
                 "asymq.weight_parameters(model), and asymq.range_parameters(model) as a group "
                 "without decay or an optimizer of their own (of a Trainer: optimizers=(optimizer, "
-                "None))",
+                "None), or asymq.integrations.transformers.RangeTrainerMixin)",
                 stacklevel=4,
             )
             return
