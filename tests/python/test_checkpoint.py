@@ -12,7 +12,6 @@ import pytest
 import torch
 from compare import assert_bit_equal
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny_models import COPIES, FAMILIES, SETTINGS, gpt2, logits, opt, prepared, tokens, train
 from torch import nn
 
@@ -463,18 +462,3 @@ def test_messages_of_load_name_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match=fit) as error:
         asymq.load(tmp_path, opt())
     assert len(str(error.value)) < 700 and "\n" not in str(error.value)
-
-
-def test_save_pretrained_says_what_opens_it(tmp_path):
-    with pytest.warns(UserWarning, match=r"as a float model, .* open it with asymq\.load"):
-        prepared(gpt2()).save_pretrained(tmp_path)
-    # The way that it names.
-    model = prepared(gpt2())
-    with pytest.warns(UserWarning):
-        model.save_pretrained(tmp_path)
-    again = asymq.prepare(gpt2(), TABLE2)
-    again.load_state_dict(
-        load_file(tmp_path / "model.safetensors")
-        | {"lm_head.weight": load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]}
-    )
-    assert_bit_equal(logits(again, tokens()), logits(model, tokens()))

@@ -5,7 +5,6 @@ import inspect
 import subprocess
 import sys
 import threading
-import warnings
 
 import pytest
 import torch
@@ -398,61 +397,6 @@ def test_accelerates_hooks_are_called():
     add_hook_to_module(model.transformer.h[0].mlp.c_fc, Doubled())
     assert used(model, batch)[1] == 1
     assert not torch.equal(logits(model, batch), before)
-
-
-# ---- adapters ----------------------------------------------------------------------------------
-
-
-def lora(model, *targets):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D
-        return get_peft_model(model, config)
-
-
-def test_adapters_on_a_prepared_model():
-    """They find the layers, learn, and are not skipped."""
-    pytest.importorskip("peft")
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    x = torch.randn(5, 4)
-    calibrated(model, batch=x)
-    before = model(x)
-    adapted = lora(model, "0", "2")
-    assert not torch.equal(adapted(x), before)
-    with adapted.disable_adapter():
-        assert_bit_equal(adapted(x), before)
-
-    model, batch = prepared(gpt2()), tokens()
-    before = logits(model, batch)
-    adapted = lora(model, "c_fc")
-    assert used(model, batch)[1] == 0
-    assert not torch.equal(logits(model, batch), before)
-    next_token_loss(model, batch).backward()
-    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    assert trained and all("lora" in name for name in trained)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_prepare_after_adapters(whole):
-    """The adapter goes on; the base's weight and the adapter's output are quantized."""
-    pytest.importorskip("peft")
-    adapted = lora(gpt2(), "c_fc", "c_attn").eval()
-    adapted.base_model.model.set_attn_implementation("eager")
-    model = adapted if whole else adapted.base_model.model
-    with torch.no_grad():
-        expected = model(tokens()).logits
-    asymq.prepare(model, QuantConfig.table2("min_max"))
-    names = [name for name, _ in named_quantizers(model)]
-    assert not any("lora" in name for name in names)
-    prefix = "base_model.model." if whole else ""
-    c_fc = f"{prefix}transformer.h.0.mlp.c_fc"
-    assert f"{c_fc}.base_layer.weight_quantizer" in names and f"{c_fc}.output_quantizer" in names
-    asymq.calibrate(model, [tokens()])
-    asymq.disable_quantizers(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- way back ----------------------------------------------------------------------------------

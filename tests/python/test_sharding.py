@@ -144,7 +144,7 @@ def test_ddp():
     run(_ddp)
 
 
-# ---- what resumes, and on how many processes ------------------------------------------------------
+# ---- what resumes, and on how many processes -----------------------------------------------------
 
 
 def _optimizer(model):

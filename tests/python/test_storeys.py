@@ -14,8 +14,9 @@ STOREYS = [
     {"_build", "_library", "_moved", "ops", "reference"},
     {"quantizers"},
     {"layers", "training"},
-    {"config", "models", "wrappers"},
+    {"config", "description", "models", "wrappers"},
     {"preparation", "calibration", "conversion", "checkpoint", "summary"},
+    {"integrations"},
     {"__init__"},
     {"__main__", "experiments"},
 ]

@@ -1,5 +1,5 @@
-"""`from_pretrained` of a folder that a prepared model's `save_pretrained` has written, and a Trainer
-that knows learned ranges.
+"""`from_pretrained` of a folder that a prepared model wrote by `save_pretrained`, and a Trainer that
+knows learned ranges.
 
 Imported by itself where asymq and transformers are.
 """
