@@ -48,10 +48,10 @@ def tiny(family, cls, **options):
     return getattr(transformers, cls)(config).eval()
 
 
-def quantized(family, cls, **options):
+def quantized(family, cls, config=GENERIC, **options):
     """Of any model of transformers, most of which are known by their layers alone."""
     model = tiny(family, cls, **options)
-    asymq.prepare(model, GENERIC)
+    asymq.prepare(model, config)
     asymq.calibrate(model, [tokens()])
     return model
 
@@ -93,7 +93,8 @@ def test_from_pretrained_returns_the_prepared_model(family, tmp_path):
     assert_same_model(again, model)
     assert again.generation_config.max_new_tokens == 7
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
-    assert again.get_input_embeddings().weight_quantizer.shared
+    head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert head.weight_quantizer is embedding.weight_quantizer
     # Nothing sets it apart from one that was prepared here: it casts, learns, is saved, converts.
     train(again.float(), 1, 1e-3)
     again.save_pretrained(tmp_path / "again")
@@ -109,6 +110,9 @@ def test_from_pretrained_returns_the_prepared_model(family, tmp_path):
 KINDS = {
     "llama": lambda: quantized("Llama", "LlamaForCausalLM", num_key_value_heads=2),
     "tied": lambda: quantized("Llama", "LlamaForCausalLM", tie_word_embeddings=True),
+    "inputs": lambda: quantized(
+        "Llama", "LlamaForCausalLM", QuantConfig.w4a8(group=16), tie_word_embeddings=True
+    ),
     "mixture": lambda: quantized(
         "Mixtral", "MixtralForCausalLM", num_local_experts=4, num_key_value_heads=2
     ),
@@ -160,6 +164,7 @@ def test_an_uncalibrated_model(tmp_path):
     assert logits(again, tokens()).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["asymq, transformers", "transformers, asymq"])
 def test_imports_in_either_order(order, tmp_path):
     """Without a prepared model in that process; importing asymq alone does not wait for it."""
@@ -182,6 +187,7 @@ def test_imports_in_either_order(order, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_asymq_transformers_names_it(tmp_path):
     """Its warning, the names it does not know, and a note in config.json."""
     prepared(gpt2()).save_pretrained(tmp_path)
@@ -201,6 +207,23 @@ def test_without_asymq_transformers_names_it(tmp_path):
     # What it writes still names asymq, and has no quantizers.
     with pytest.raises(ValueError, match=r"float has no asymq\.json.*delete quantization_config"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+
+
+def test_a_repository_has_the_description_downloaded(tmp_path, monkeypatch):
+    """from_pretrained takes the files that transformers knows."""
+    model = learned()
+    model.save_pretrained(tmp_path / "cache")
+    elsewhere = (tmp_path / "cache" / DESCRIPTION).rename(tmp_path / DESCRIPTION)
+    asked = []
+
+    def cached_file(repository, name, **options):
+        asked.append((repository, name))
+        return str(elsewhere)
+
+    monkeypatch.setattr("asymq.integrations.transformers.cached_file", cached_file)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cache")
+    assert_same_model(again, model)
+    assert asked == [(tmp_path / "cache", DESCRIPTION)]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
