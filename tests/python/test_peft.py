@@ -227,3 +227,24 @@ def test_a_base_with_adapters_in_it_is_not_saved_as_one_without(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert names_of(merged) == names_of(prepared(gpt2()))
+
+
+def test_ranges_learn_along_with_adapters(tmp_path):
+    """get_peft_model freezes them; asymq.save has all of it."""
+    adapted = adapt(prepared(gpt2()), "c_fc")
+    (ranges,) = asymq.range_parameters(adapted, lr=1e-2)
+    adapters = [p for p in adapted.parameters() if p.requires_grad]
+    assert not {id(p) for p in adapters} & {id(p) for p in ranges["params"]}
+    for parameter in ranges["params"]:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW([{"params": adapters}, ranges], lr=1e-3)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(next_token_loss(adapted, tokens()))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    asymq.save(adapted, tmp_path)
+    again = asymq.load(tmp_path, adapt(prepared(gpt2()), "c_fc"))
+    assert_bit_equal(logits(again, tokens()), logits(adapted, tokens()))

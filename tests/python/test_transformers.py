@@ -223,7 +223,7 @@ def test_a_repository_has_the_description_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr("asymq.integrations.transformers.cached_file", cached_file)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cache")
     assert_same_model(again, model)
-    assert asked == [(tmp_path / "cache", DESCRIPTION)]
+    assert asked == [(str(tmp_path / "cache"), DESCRIPTION)]
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`from_pretrained` of a folder that a prepared model wrote by `save_pretrained`, and a Trainer that
+"""`from_pretrained` of folders that prepared models wrote by `save_pretrained`, and a Trainer that
 knows learned ranges.
 
 Imported by itself where asymq and transformers are.
