@@ -320,7 +320,8 @@ class _Blocks:
     """
 
     def __init__(self, shape: torch.Size, ranges: torch.Size):
-        sizes = [1] * len(shape) if ranges.numel() == 1 else list(ranges)
+        # Size.numel() would fix sizes that are symbols.
+        sizes = [1] * len(shape) if all(n == 1 for n in ranges) else list(ranges)
         if len(sizes) != len(shape) or any(
             b == 0 or n % b for n, b in zip(shape, sizes, strict=True) if b != n
         ):
@@ -465,27 +466,6 @@ def _name(name: str, sigmoid: bool = False, full_range: bool = False) -> str:
 # ---- live ranges -------------------------------------------------------------------------------
 
 
-class _Share(torch.autograd.Function):
-    """Factors as every group has its own: expand, but for gradients that are summed in float64."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(factors, view, shape):
-        return factors.reshape(view).expand(shape).clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        factors, ctx.view, _ = inputs
-        ctx.shape, ctx.dtype = factors.shape, factors.dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        shared = [axis for axis, size in enumerate(ctx.view) if size == 1]
-        grad = grad.double().sum(shared) if shared else grad
-        return grad.reshape(ctx.shape).to(ctx.dtype), None, None
-
-
 def _live(
     x: Tensor,
     factors: tuple[Tensor, ...],
@@ -508,17 +488,6 @@ def _live(
     blocks = x.reshape(*x.shape[:-1], in_row, x.shape[-1] if group is None else group)
     shape = (*blocks.shape[:-1], 1)
 
-    view = {1: [1] * len(shape), in_row: [1] * (len(shape) - 2) + [in_row, 1]}
-    if not token:
-        view.setdefault(blocks.shape[:-1].numel(), list(shape))
-    count = factors[0].numel()
-    if count not in view:
-        raise RuntimeError(
-            f"asymq.reference: factors of shape {list(factors[0].shape)} do not fit the {in_row} "
-            f"groups of a row of x, whose shape is {list(x.shape)}"
-        )
-    learned = [_Share.apply(factor, view[count], shape) for factor in factors]
-
     with torch.no_grad():
         if x.numel() == 0:
             low = high = blocks.new_zeros(shape)
@@ -531,6 +500,22 @@ def _live(
         if token:
             low, high = low.clamp(max=0), high.clamp(min=0)
         ends = [torch.maximum(-low, high)] if symmetric else [low, high]
+
+    count = factors[0].numel()
+    if count == 1:
+        view = [1] * len(shape)
+    elif count == in_row:
+        view = [1] * (len(shape) - 2) + [in_row, 1]
+    elif not token and count == low.numel():
+        view = list(shape)
+    else:
+        raise RuntimeError(
+            f"asymq.reference: factors of shape {list(factors[0].shape)} do not fit the {in_row} "
+            f"groups of a row of x, whose shape is {list(x.shape)}"
+        )
+    # Through float64, which changes no value: there the gradients of all groups are summed.
+    learned = [f.double().reshape(view).expand(shape).to(f.dtype) for f in factors]
+
     if not symmetric:
         name = _name("beta_gamma", sigmoid)
     elif token and not full_range:

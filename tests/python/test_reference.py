@@ -150,8 +150,36 @@ def test_compiles(sample):
         assert_bit_equal(actual, expected)
 
 
+class Live(torch.nn.Module):
+    def __init__(self, group):
+        super().__init__()
+        self.group = group
+        self.gamma = torch.nn.Parameter(torch.full((1,), 0.8))
+
+    def forward(self, x):
+        keywords = {"group": self.group, "bits": 4}
+        return reference.fake_quantize_dynamic_symmetric_gamma(x, self.gamma, **keywords)
+
+
+@pytest.mark.parametrize("group", [None, 3])
+def test_exports_with_any_number_of_tokens(group):
+    axes = {axis: torch.export.Dim(name, min=2) for axis, name in enumerate(("batch", "tokens"))}
+    module = Live(group)
+    example = (torch.randn(4, 5, 6),)
+    program = torch.export.export(module, example, dynamic_shapes={"x": axes}).module()
+    for shape in ((4, 5, 6), (3, 8, 6)):
+        x = torch.randn(shape)
+        assert_bit_equal(program(x), module(x))
+
+
 def test_errors():
     x = torch.zeros(4, 6)
+    with pytest.raises(RuntimeError, match=r"group 4 must divide .* shape is \[4, 6\]"):
+        reference.fake_quantize_dynamic_symmetric_gamma(x, torch.ones(1), group=4, bits=8)
+    with pytest.raises(RuntimeError, match=r"shape \[3\] do not fit the 2 groups of a row"):
+        reference.fake_quantize_dynamic_symmetric_gamma(x, torch.ones(3), group=3, bits=8)
+    with pytest.raises(RuntimeError, match="full_range needs a symmetric grid"):
+        reference.quantize(x, torch.ones(1), torch.ones(1), bits=8, full_range=True)
     with pytest.raises(RuntimeError, match=r"\[4, 4\] do not divide x's shape \[4, 6\]"):
         reference.fake_quantize_symmetric_scale(x, torch.ones(4, 4), bits=8)
     one = torch.ones(1)

@@ -425,5 +425,4 @@ SAMPLES = [
     *(DynamicSample(size=size, bits=4) for size in ("empty", "one", "below")),
     DynamicSample(layout="transposed"),
     DynamicSample("dynamic_symmetric_gamma", layout="sliced", granularity="groups"),
-    DynamicSample("dynamic_symmetric_gamma", "bfloat16", values="extreme"),
 ]
