@@ -144,9 +144,12 @@ class Plan:
         """Quantizes the output of the module `name`, a tensor whose last axis has `channels`."""
         self.sites(name, QuantOutput, output_quantizer=channels)
 
-    def sites(self, name: str, base: type[Quantized], **channels: int | None) -> None:
+    def sites(
+        self, name: str, base: type[Quantized], **channels: int | None
+    ) -> dict[str, Quantizer | None]:
         """Makes the module `name` a `base`, which uses the activation quantizers named in
-        `channels`: the size of their last axis, None where only the tensors know it."""
+        `channels`: the size of their last axis, None where only the tensors know it. Returns
+        them."""
         module, full = self.model.get_submodule(name), self._full(name)
         label = full or type(module).__name__
         need_own_forward(module, label)
@@ -162,6 +165,7 @@ class Plan:
             for site, size in channels.items()
         }
         self._add(full, module, base, quantizers)
+        return quantizers
 
     def becomes(self, name: str, base: type[Quantized]) -> None:
         """Makes the module `name` a `base`, which has no quantizers of its own; a module of another
