@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,7 @@ class QuantAttention(Quantized):
     context_quantizer: Quantizer | None
     config: PreTrainedConfig
     model_config: PreTrainedConfig
+    eager: ClassVar[Callable | None]
 
     @classmethod
     def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
@@ -72,7 +74,9 @@ class QuantAttention(Quantized):
             self.need_interface()
             return float_class.forward(self, *args, **kwargs)
 
-        return {"forward": forward}
+        # "eager" is what its file calls so.
+        eager = getattr(sys.modules[float_class.__module__], "eager_attention_forward", None)
+        return {"forward": forward, "eager": eager and staticmethod(eager)}
 
     def begin(self) -> None:
         self.model_config, self.config = self.config, copy.copy(self.config)
@@ -80,6 +84,16 @@ class QuantAttention(Quantized):
 
     def end(self) -> None:
         self.config = self.__dict__.pop("model_config")
+
+    def rest(self) -> Callable | None:
+        """The model's own implementation of what lies between values and context; None: it is
+        `quantized_attention`'s."""
+        implementation = self.model_config._attn_implementation
+        if implementation in (NAME, None):
+            return None
+        if implementation == "eager":
+            return None if self.has_scores else self.eager
+        return ALL_ATTENTION_FUNCTIONS[implementation]
 
     @property
     def has_scores(self) -> bool:
@@ -129,12 +143,10 @@ def quantized_attention(
         getattr(module, site, None) for site in QuantAttention.sites
     )
     query, key, value = apply(of_query, query), apply(of_key, key), apply(of_value, value)
-    config = getattr(module, "model_config", None)
-    implementation = NAME if config is None else config._attn_implementation
-    if implementation not in (NAME, "eager", None):
-        own = ALL_ATTENTION_FUNCTIONS[implementation]
+    rest = module.rest() if isinstance(module, QuantAttention) else None
+    if rest is not None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
-        context, probabilities = own(module, query, key, value, attention_mask, **options)
+        context, probabilities = rest(module, query, key, value, attention_mask, **options)
     else:
         dropout = dropout if module.training else 0.0
         context, probabilities = _attention(

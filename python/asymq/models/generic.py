@@ -43,7 +43,7 @@ def plan(plan: Plan, model: nn.Module) -> None:
         else:
             if structure is not None:
                 structure.module(name, module)
-            if any(True for _ in module.parameters(recurse=False)):
+            if not plan.has(module) and any(True for _ in module.parameters(recurse=False)):
                 left_alone[type(module).__name__] += 1
     if structure is not None:
         structure.end()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from asymq.config import QuantConfig
-from asymq.layers import Quantized, QuantLayer, QuantOutput, registry
+from asymq.layers import Quantized, QuantLayer, QuantOutput, experts, registry
 from asymq.layers.embedding import QuantEmbedding
+from asymq.layers.experts import QuantExperts
 from asymq.layers.layer import weight_of
 from asymq.layers.quantized import need_own_forward, put_in
 from asymq.quantizers import QuantAct, Quantizer, QuantSpec, WeightQuantizer, elements
@@ -167,6 +168,19 @@ class Plan:
         self._add(full, module, base, quantizers)
         return quantizers
 
+    def experts(self, name: str) -> None:
+        """Quantizes the weights of the experts `name`, the tokens that they are given, and what
+        their second weight is multiplied with."""
+        module, full = self.model.get_submodule(name), self._full(name)
+        quantizers = self.sites(name, QuantExperts, **QuantExperts.channels(module))
+        for weight in experts.WEIGHTS:
+            site = f"{weight}_quantizer"
+            spec = self._spec(f"{full}.{site}", "weight")
+            if spec is not None:
+                quantizers[site] = QuantExperts.make_weight_quantizer(
+                    module, weight, spec, f"{full}.{site}"
+                )
+
     def becomes(self, name: str, base: type[Quantized]) -> None:
         """Makes the module `name` a `base`, which has no quantizers of its own; a module of another
         class than the one whose forward `base` knows stays as it is."""
@@ -211,7 +225,7 @@ class Plan:
         or its users want different ranges, or tensors overlap in part."""
         places = _Places(self.root)
         layers = [(c, c.base) for c in self._changes.values() if issubclass(c.base, QuantLayer)]
-        quantized = {id(change.module) for change, _ in layers}
+        quantized = {(id(change.module), "weight") for change, _ in layers}
         owners: dict[tuple, _Change] = {}
         for change, base in layers:
             name, weight = f"{change.name}.weight_quantizer", change.module._parameters["weight"]
@@ -231,6 +245,15 @@ class Plan:
                 change.quantizers["weight_quantizer"] = base.make_weight_quantizer(
                     change.module, spec, f"{change.name}."
                 )
+
+        for change in self._changes.values():
+            for weight in experts.WEIGHTS if issubclass(change.base, QuantExperts) else ():
+                if change.quantizers.get(f"{weight}_quantizer") is not None:
+                    places.need_all_quantized(
+                        f"{change.name}.{weight}",
+                        change.module._parameters[weight],
+                        {(id(change.module), weight)},
+                    )
 
     def _need_one_role(self, owner: _Change, change: _Change, base: type[QuantLayer]) -> None:
         """ValueError where the configuration wants two things of one weight."""
@@ -347,12 +370,14 @@ class _Places:
                     place = (f"{name}.{key}" if name else key, module, parameter)
                     self._by_storage[_storage(parameter)].append(place)
 
-    def need_all_quantized(self, name: str, weight: Tensor, quantized: set[int]) -> None:
-        """ValueError where a weight has a user that is not among the `quantized` layers (ids), or
-        shares a part of its memory with another parameter."""
+    def need_all_quantized(
+        self, name: str, weight: Tensor, quantized: set[tuple[int, str]]
+    ) -> None:
+        """ValueError where a weight has a user that is not among the `quantized` ones (a module's
+        id, the parameter's name), or shares a part of its memory with another parameter."""
         for other, module, parameter in self._by_storage[_storage(weight)]:
             if elements(parameter) == elements(weight):
-                if id(module) not in quantized or not other.endswith("weight"):
+                if (id(module), other.rpartition(".")[2]) not in quantized:
                     raise ValueError(
                         f"asymq.prepare: {name} is also {other} ({type(module).__name__}), which "
                         "asymq does not quantize, and asymq.convert would change it there: untie "

@@ -117,8 +117,9 @@ class _Reader:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
             a, b = self._value(node.left), self._value(node.right)
             add = isinstance(node.op, ast.Add)
-            self.steps.append("+" if add else "*")
-            if a is None or b is None:
+            if not isinstance(node.left, ast.Constant):
+                self.steps.append("+" if add else "*")
+            if not a or not b:
                 return None
             return sum_of(a, b) if add else product_of(a, b)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):

@@ -3,7 +3,7 @@ MLPs of decoders, activation functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from asymq.layers import QuantEmbedding, QuantLinear, QuantLogits, QuantRMSNorm, registry
 from asymq.layers.activation import is_activation
 from asymq.layers.attention import is_attention
+from asymq.layers.experts import is_experts
 from asymq.layers.layer import QuantLayer, QuantNorm
 from asymq.models.block import channels_of, plan_attention
 from asymq.models.decoder import QuantDecoderLayer, QuantGatedMLP, gated_mlp_of, layer_of
@@ -31,7 +32,7 @@ class Structure:
         self._heads: set[nn.Module] = set()
         self._attentions: dict[str, nn.Module] = {}
         self._layers: dict[str, nn.Module] = {}
-        self._mlps: set[nn.Module] = set()
+        self._experts: dict[str, nn.Module] = {}
 
     def layer(self, name: str) -> None:
         """A layer that is registered."""
@@ -45,19 +46,21 @@ class Structure:
     def module(self, name: str, module: nn.Module) -> None:
         """Any other module, after those that it is part of."""
         plan, cls = self._plan, type(module)
-        if isinstance(module, PreTrainedModel) and not self._within(name):
+        if isinstance(module, PreTrainedModel) and not _within(name, self._models):
             self._models[name] = module
             if module.loss_type == "ForCausalLM":
                 self._heads.add(module.get_output_embeddings())
-        if not self._within(name) or plan.has(module):
+        if not _within(name, self._models) or _within(name, self._experts) or plan.has(module):
             return
         if is_attention(module):
             self._attentions[name] = module
             plan_attention(plan, name, module)
+        elif is_experts(module):
+            self._experts[name] = module
+            plan.experts(name)
         elif is_activation(module) or _is_bare_norm(module):
             plan.output(name, None)
         elif names := gated_mlp_of(cls):
-            self._mlps.add(module)
             width = channels_of(getattr(module, names.down), "input")
             plan.sites(name, QuantGatedMLP, product_quantizer=width)
             plan.output(f"{name}.{names.act}", width)
@@ -89,6 +92,7 @@ class Structure:
             parent = name.rpartition(".")[0]
             if parent not in self._layers:
                 yield self._plan.model.get_submodule(parent)
+        yield from self._experts.values()
         for layer in self._layers.values():
             known = layer_of(type(layer))
             assert known is not None
@@ -111,7 +115,7 @@ class Structure:
         would add, or anything but norms and a head."""
         tables = 0
         for name, module in self._plan.model.named_modules():
-            if not self._within(name) or name.startswith(tuple(f"{n}." for n in self._layers)):
+            if not _within(name, self._models) or _within(name, self._layers):
                 continue
             base = registry.find(type(module))
             if base is not None and issubclass(base, QuantEmbedding):
@@ -122,8 +126,10 @@ class Structure:
                 if any(True for _ in module.parameters(recurse=False)):
                     yield module
 
-    def _within(self, name: str) -> bool:
-        return any(not model or f"{name}.".startswith(f"{model}.") for model in self._models)
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of these, or part of one."""
+    return any(not outer or f"{name}.".startswith(f"{outer}.") for outer in modules)
 
 
 def _is_bare_norm(module: nn.Module) -> bool:
