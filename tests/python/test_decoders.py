@@ -1,5 +1,5 @@
-"""Decoders of Llama's kind, mixtures of experts and encoders of transformers: where their quantizers
-are, and what they compute with them."""
+"""Decoders of Llama's kind, mixtures of experts and encoders: where quantizers are, and what the
+models compute with them."""
 
 import copy
 import pickle
@@ -107,7 +107,9 @@ def test_sites_of_the_cache(calibrated):
     """Keys after their rotation and values are of a kind of their own where it is configured."""
     config = QuantConfig(TABLE2.weight, cache=BYTE)
     model = asymq.prepare(DECODERS["llama"](), config)
-    sites = {f"model.layers.{i}.self_attn.{s}_quantizer" for i in range(2) for s in ("key", "value")}
+    sites = {
+        f"model.layers.{i}.self_attn.{s}_quantizer" for i in range(2) for s in ("key", "value")
+    }
     assert set(names_of(model, "cache")) == sites and not names_of(model)
     # The last axis is that of one head.
     wide = QuantSpec(8, granularity=PerChannel())
@@ -326,7 +328,7 @@ def test_sinks_are_refused():
     sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0}
     model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
     before = model.state_dict().keys()
-    with pytest.raises(ValueError, match="scores_quantizer: this attention has sinks.*leave both"):
+    with pytest.raises(ValueError, match=r"scores_quantizer: this attention has sinks.*leave both"):
         asymq.prepare(model, TABLE2)
     assert model.state_dict().keys() == before
     with pytest.warns(UserWarning, match="left alone"):
@@ -335,12 +337,6 @@ def test_sinks_are_refused():
 
 
 # ---- mixtures of experts -----------------------------------------------------------------------
-
-EXPERTS = {
-    "weights": (WEIGHTS.weight, (4, 1)),
-    "groups": (QuantSpec(4, symmetric=True, granularity=PerGroup(8)), (4, None)),
-    "one range": (QuantSpec(4, symmetric=True), (4, 1, 1)),
-}
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -365,15 +361,12 @@ def test_experts(family):
             f"model.layers.{i}.mlp.experts.{site}_quantizer" for site in ("input", "product")
         }
     asymq.calibrate(model, [tokens()])
-    # An expert's range is its own.
+    before = experts.gate_up_proj_quantizer.max.clone()
     with torch.no_grad():
-        experts.gate_up_proj[1] *= 3
-        expected = experts.gate_up_proj_quantizer.fake_quantize(experts.gate_up_proj)
-    for own, other in ((0, 2), (1, 3)):
-        assert not torch.equal(
-            experts.gate_up_proj_quantizer.gamma[own], experts.gate_up_proj_quantizer.gamma[other]
-        ) or experts.gate_up_proj_quantizer.initial_gamma is not None
-    assert expected.shape == experts.gate_up_proj.shape
+        experts.gate_up_proj[1] *= 2
+    asymq.calibrate(model, [tokens()])
+    before[1] *= 2  # of the one expert
+    assert_bit_equal(experts.gate_up_proj_quantizer.max, before)
     layer.mlp.gate.register_forward_pre_hook(record("router"))
     layer.mlp.register_forward_pre_hook(record("block"))
     logits(model, tokens())
@@ -516,3 +509,27 @@ def test_steps_say_what_flows_where():
         assert layer_of(other) is None
     assert gated_mlp_of(Gated) == ("gate", "act", "up", "down")
     assert gated_mlp_of(NotGated) is None and gated_mlp_of(Known) is None
+
+
+@pytest.mark.parametrize(
+    "granularity, ranges",
+    [
+        (asymq.PerTensor(), (4, 1, 1)),
+        (PerChannel(), (4, 96, 1)),
+        (PerGroup(8), (4, 96, 4)),
+    ],
+)
+def test_ranges_of_experts(granularity, ranges):
+    spec = QuantSpec(4, symmetric=True, granularity=granularity)
+    with pytest.warns(UserWarning, match="left alone"):
+        model = prepared(MIXTURES["mixtral"](), QuantConfig(spec))
+    experts = model.model.layers[1].mlp.experts
+    quantizer = experts.gate_up_proj_quantizer
+    assert quantizer.range_shape == ranges
+    # Alone, an expert's weight gets the same values.
+    of_one = asymq.QuantLinear(32, 96, bias=False, weight=spec)
+    with torch.no_grad():
+        of_one.weight.copy_(experts.gate_up_proj[2])
+        asymq.calibrate(nn.Sequential(of_one), [torch.randn(1, 32)])
+        expected = of_one.quantized_weight()
+        assert_bit_equal(quantizer(experts.gate_up_proj)[2], expected)

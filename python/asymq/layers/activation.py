@@ -7,7 +7,6 @@ from torch import nn
 from asymq.layers.quantized import Quantized
 from asymq.layers.registry import quantizes
 
-
 _NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from asymq.layers.layer import WEIGHT, QuantLayer
@@ -12,11 +14,13 @@ from asymq.quantizers import QuantSpec, apply
 class _QuantConvolution(QuantLayer):
     """A convolution with a quantized weight, input and output; None: not quantized.
 
-    x: [batch, in_channels, ...]: its channels are not the last axis, so an activation's range
-    cannot lie along them. Range shapes of the weight [out, in / groups, ...]: [1], [out, 1, ...] per
-    channel, [out, in / groups / size, ...] per group.
+    x: [batch, in_channels, ...]. Its channels are not the last axis, so an activation's range
+    cannot lie along them. Range shapes of the weight, [out, in / groups, ...]: [1], [out, 1, ...]
+    per channel, [out, in / groups / size, ...] per group.
     """
 
+    _conv_forward: Callable[..., Tensor]
+    bias: Tensor | None
     multiplies = False  # no axis of its input is that of a matrix product
     reduction_axis = 1
 

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 from asymq.layers.quantized import Quantized, quantized_parameter, reading_quantized
 from asymq.quantizers import Quantizer, QuantSpec, WeightQuantizer, apply
 
-WEIGHTS = ("gate_up_proj", "down_proj")
 # Of transformers' ways to run experts, those that call `_apply_gate` on what down_proj is given.
 _OPEN = ("batched_mm", "grouped_mm")
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether they are gated experts behind transformers' experts interface."""
-    weights = [module._parameters.get(name) for name in WEIGHTS]
+    weights = [module._parameters.get(name) for name in QuantExperts.weights]
     return (
         type(module).__name__.endswith("Experts")
         and all(weight is not None and weight.dim() == 3 for weight in weights)
@@ -59,6 +58,7 @@ class QuantExperts(Quantized):
         "input_quantizer",
         "product_quantizer",
     )
+    weights: ClassVar[tuple[str, ...]] = ("gate_up_proj", "down_proj")
     kinds: ClassVar[Mapping[str, str]] = {
         "input_quantizer": "input",
         "product_quantizer": "input",
@@ -67,7 +67,7 @@ class QuantExperts(Quantized):
     product_quantizer: Quantizer | None
 
     @classmethod
-    def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+    def own_members(cls, float_class: Any) -> dict[str, Any]:
         @functools.wraps(float_class.forward)
         def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
             hidden_states = apply(self.input_quantizer, hidden_states)
@@ -81,23 +81,22 @@ class QuantExperts(Quantized):
         def _apply_gate(self, gate_up: Tensor) -> Tensor:
             return apply(self.product_quantizer, float_class._apply_gate(self, gate_up))
 
-        properties = {name: quantized_parameter(name) for name in WEIGHTS}
+        properties = {name: quantized_parameter(name) for name in cls.weights}
         return {"forward": forward, "_apply_gate": _apply_gate, **properties}
 
     @classmethod
     def channels(cls, module: nn.Module) -> dict[str, int]:
         """Size of the last axis at the activation sites."""
         axis = 1 if module.is_transposed else 2
-        return {
-            "input_quantizer": module.gate_up_proj.shape[axis],
-            "product_quantizer": module.down_proj.shape[axis],
-        }
+        shapes = (tuple(module.get_parameter(name).shape) for name in cls.weights)
+        sites = ("input_quantizer", "product_quantizer")
+        return {site: shape[axis] for site, shape in zip(sites, shapes, strict=True)}
 
     @classmethod
     def make_weight_quantizer(
         cls, module: nn.Module, weight: str, spec: QuantSpec, name: str
     ) -> WeightQuantizer:
-        parameter = module._parameters[weight]
+        parameter = module.get_parameter(weight)
         axes = (1, 0) if module.is_transposed else (0, 1)
         return ExpertsWeightQuantizer(
             spec,

@@ -102,8 +102,8 @@ def _width_of_context(attention: nn.Module) -> int | None:
 def channels_of(layer: nn.Module | None, side: str) -> int | None:
     """Size of the last axis of a layer's "input" or "output"; None: not known."""
     if layer is not None and is_adapter(layer):
-        layer = layer.base_layer
+        layer = layer.get_submodule("base_layer")
     base = registry.find(type(layer)) if isinstance(layer, nn.Module) else None
-    if base is None or not issubclass(base, QuantLayer) or base.left_alone(layer):
+    if layer is None or base is None or not issubclass(base, QuantLayer) or base.left_alone(layer):
         return None
     return base.input_channels(layer) if side == "input" else base.output_channels(layer)

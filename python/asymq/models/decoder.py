@@ -23,7 +23,6 @@ class Layer(NamedTuple):
     passed: tuple[str, ...]
 
 
-@functools.cache
 def layer_of(cls: type[nn.Module]) -> Layer | None:
     """The decoder's layer that a class is: a sum behind attention and one behind the MLP, each of
     what the sum before it gave and a chain of submodules; None: it is something else."""
@@ -89,7 +88,6 @@ class GatedMLP(NamedTuple):
     down: str
 
 
-@functools.cache
 def gated_mlp_of(cls: type[nn.Module]) -> GatedMLP | None:
     """The gated MLP that a class is; None: it is none."""
     forward = read(cls)

@@ -1,5 +1,5 @@
-"""Any model: the layers that are registered get quantizers, known families within it all theirs, and
-models of transformers what their structure says; the rest gets none."""
+"""Any model: the layers that are registered get quantizers, known families within it all theirs,
+models of transformers what their structure says, the rest none."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from asymq.config import QuantConfig
-from asymq.layers import Quantized, QuantLayer, QuantOutput, experts, registry
+from asymq.layers import Quantized, QuantLayer, QuantOutput, registry
 from asymq.layers.embedding import QuantEmbedding
 from asymq.layers.experts import QuantExperts
 from asymq.layers.layer import weight_of
@@ -173,7 +173,7 @@ class Plan:
         their second weight is multiplied with."""
         module, full = self.model.get_submodule(name), self._full(name)
         quantizers = self.sites(name, QuantExperts, **QuantExperts.channels(module))
-        for weight in experts.WEIGHTS:
+        for weight in QuantExperts.weights:
             site = f"{weight}_quantizer"
             spec = self._spec(f"{full}.{site}", "weight")
             if spec is not None:
@@ -247,13 +247,11 @@ class Plan:
                 )
 
         for change in self._changes.values():
-            for weight in experts.WEIGHTS if issubclass(change.base, QuantExperts) else ():
-                if change.quantizers.get(f"{weight}_quantizer") is not None:
-                    places.need_all_quantized(
-                        f"{change.name}.{weight}",
-                        change.module._parameters[weight],
-                        {(id(change.module), weight)},
-                    )
+            for own in QuantExperts.weights if issubclass(change.base, QuantExperts) else ():
+                if change.quantizers.get(f"{own}_quantizer") is not None:
+                    parameter = change.module.get_parameter(own)
+                    name, user = f"{change.name}.{own}", (id(change.module), own)
+                    places.need_all_quantized(name, parameter, {user})
 
     def _need_one_role(self, owner: _Change, change: _Change, base: type[QuantLayer]) -> None:
         """ValueError where the configuration wants two things of one weight."""

@@ -1,14 +1,13 @@
 """What the forward of a module does, read from its source: calls of submodules, sums, products.
 
-The result is text, such as "input_layernorm self_attn + post_attention_layernorm mlp +": these
-*steps*, one after the other, each on what the one before it gave. A sum adds what the last sum gave,
-at first the input.
+In short text, such as "input_layernorm self_attn + post_attention_layernorm mlp +": these *steps*,
+one after the other, each on what the one before it gave. A sum adds what the last sum gave, at
+first the input.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from typing import NamedTuple
@@ -28,9 +27,17 @@ class Forward(NamedTuple):
     passed: dict[str, tuple[str, ...]]
 
 
-@functools.cache
+_READ: dict[type, Forward] = {}
+
+
 def read(cls: type[nn.Module]) -> Forward:
-    """Of the forward of a float class."""
+    """Of the forward of a float class, whose source is read once."""
+    if cls not in _READ:
+        _READ[cls] = _read(cls)
+    return _READ[cls]
+
+
+def _read(cls: type[nn.Module]) -> Forward:
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
         function = ast.parse(source).body[0]
@@ -117,14 +124,15 @@ class _Reader:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
             a, b = self._value(node.left), self._value(node.right)
             add = isinstance(node.op, ast.Add)
-            if not isinstance(node.left, ast.Constant):
+            # A number is no part of what flows.
+            if not isinstance(node.left, ast.Constant) and not isinstance(node.right, ast.Constant):
                 self.steps.append("+" if add else "*")
             if not a or not b:
                 return None
             return sum_of(a, b) if add else product_of(a, b)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             value = self._value(node.value)
-            return None if value is None else f"{value}[{node.slice.value}]"
+            return None if value is None else f"{value}[{node.slice.value!r}]"
         for child in ast.iter_child_nodes(node):
             self._value(child)
         return None

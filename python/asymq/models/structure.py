@@ -1,5 +1,5 @@
-"""What models of transformers have beside their layers, whatever their family: attention, layers and
-MLPs of decoders, activation functions."""
+"""What models of transformers have beside their layers, whatever their family: attention, decoders'
+layers and MLPs, activation functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asymq.layers import QuantEmbedding, QuantLinear, QuantLogits, QuantRMSNorm,
 from asymq.layers.activation import is_activation
 from asymq.layers.attention import is_attention
 from asymq.layers.experts import is_experts
-from asymq.layers.layer import QuantLayer, QuantNorm
+from asymq.layers.layer import QuantNorm
 from asymq.models.block import channels_of, plan_attention
 from asymq.models.decoder import QuantDecoderLayer, QuantGatedMLP, gated_mlp_of, layer_of
 from asymq.models.root import QuantCausalLM, QuantPreTrained
@@ -134,4 +134,6 @@ def _within(name: str, modules: Iterable[str]) -> bool:
 
 def _is_bare_norm(module: nn.Module) -> bool:
     """Whether it is a norm without a weight."""
-    return registry.find(type(module)) is QuantRMSNorm and not any(True for _ in module.parameters())
+    return registry.find(type(module)) is QuantRMSNorm and not any(
+        True for _ in module.parameters()
+    )

@@ -50,7 +50,12 @@ def _of_llama_s_kind(name: str, config: str = "", **sizes):
 
     def make(**options) -> nn.Module:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-        base = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 97}
+        base = {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "vocab_size": 97,
+        }
         base |= heads | {"max_position_embeddings": 64, "pad_token_id": 0}
         cls = getattr(transformers, f"{name}ForCausalLM")
         return _build(cls, getattr(transformers, f"{config or name}Config"), base | sizes | options)
@@ -75,9 +80,7 @@ DECODERS = {
 }
 MIXTURES = {
     "mixtral": _of_llama_s_kind("Mixtral", num_local_experts=4, **_EXPERTS),
-    "qwen3-moe": _of_llama_s_kind(
-        "Qwen3Moe", num_experts=4, moe_intermediate_size=16, **_EXPERTS
-    ),
+    "qwen3-moe": _of_llama_s_kind("Qwen3Moe", num_experts=4, moe_intermediate_size=16, **_EXPERTS),
 }
 
 
