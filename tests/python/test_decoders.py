@@ -123,6 +123,27 @@ def test_sites_of_the_cache(calibrated):
         assert not [n for n in names_of(model) if "v_proj" in n or "query" in n]
 
 
+@pytest.mark.parametrize("family", [*DECODERS, *MIXTURES])
+def test_sites_of_a_recipe(family):
+    """What is deployed: the inputs of attention, o_proj, the MLP and its product, and the cache."""
+    model = (DECODERS | MIXTURES)[family]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if family in DECODERS else "ignore")
+        prepared(model, QuantConfig.w4a8(group=8, cache=8))
+    for kind, each, more in (("input", 4, 1), ("cache", 2, 0), ("activation", 0, 0)):
+        names = names_of(model, kind)
+        assert sum(".layers.1." in name for name in names) == each, names
+        assert len(names) == 2 * each + more
+    # The model's own attention does what has no quantizers.
+    assert model.config._attn_implementation != "asymq"
+    batch = tokens(1, 9)
+    changed = torch.cat([batch[:, :-1], batch[:, -1:] ^ 1], 1)
+    assert_bit_equal(logits(model, changed)[:, :-1], logits(model, batch)[:, :-1])
+    next_token_loss(model, tokens()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
 # ---- what they compute -------------------------------------------------------------------------
 
 
