@@ -213,6 +213,7 @@ def test_ranges_learn(family, calibrated):
     assert losses[-1] < losses[0] - 0.02
 
 
+@pytest.mark.filterwarnings("ignore:asymq.prepare:UserWarning")
 @pytest.mark.parametrize("family", [*DECODERS, "mixtral"])
 def test_copies_and_files(family, calibrated, tmp_path):
     model = calibrated(family)  # a deepcopy
@@ -248,6 +249,7 @@ def test_compiles_to_one_graph(family, calibrated):
     torch.testing.assert_close(result.detach(), logits(model, tokens()), rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.filterwarnings("ignore:asymq.prepare:UserWarning")
 @pytest.mark.parametrize("family", [*DECODERS, *MIXTURES])
 def test_convert(family, calibrated):
     """Names and classes of the float model, and what a model with quantized weights computes: also
@@ -392,6 +394,17 @@ def test_experts(family):
     layer.mlp.register_forward_pre_hook(record("block"))
     logits(model, tokens())
     assert_bit_equal(seen["router"].view_as(seen["block"]), seen["block"])
+
+
+def test_a_router_that_is_a_layer():
+    """It looks like any other one, and its name alone says what it is."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = _small("Qwen2MoeForCausalLM", shared_expert_intermediate_size=16, **sizes)
+    with pytest.warns(UserWarning, match="left alone: 2 Linear, 2 Qwen2MoeTopKRouter"):
+        prepared(model, TABLE2)
+    names = [name for name, _ in named_quantizers(model)]
+    assert not [n for n in names if ".gate." in n or ".shared_expert_gate." in n]
+    assert "model.layers.0.mlp.shared_expert.product_quantizer" in names
 
 
 @pytest.mark.parametrize("family", MIXTURES)

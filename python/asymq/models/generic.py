@@ -35,6 +35,9 @@ def plan(plan: Plan, model: nn.Module) -> None:
             found = True
         elif base is not None and not issubclass(base, QuantLayer):
             plan.becomes(name, base)
+        elif structure is not None and structure.stays_float(name):
+            if any(True for _ in module.parameters(recurse=False)):
+                left_alone[type(module).__name__] += 1
         elif name and base is not None and not base.left_alone(module):
             (structure or plan).layer(name)
             found = True

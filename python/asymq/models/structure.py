@@ -19,6 +19,8 @@ from asymq.models.root import QuantCausalLM, QuantPreTrained
 from asymq.models.sites import Plan
 from asymq.models.steps import chained, read
 
+# What decides beside experts who gets which token: it stays float.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 # What makes the values of an attention, whose quantizer stands for that of their output.
 _VALUES = ("v_proj", "value", "v_lin", "v")
 
@@ -33,6 +35,11 @@ class Structure:
         self._attentions: dict[str, nn.Module] = {}
         self._layers: dict[str, nn.Module] = {}
         self._experts: dict[str, nn.Module] = {}
+        self._routers: set[str] = set()
+
+    def stays_float(self, name: str) -> bool:
+        """Whether a module belongs to a mixture's router."""
+        return _within(name, self._routers)
 
     def layer(self, name: str) -> None:
         """A layer that is registered."""
@@ -50,8 +57,13 @@ class Structure:
             self._models[name] = module
             if module.loss_type == "ForCausalLM":
                 self._heads.add(module.get_output_embeddings())
-        if not _within(name, self._models) or _within(name, self._experts) or plan.has(module):
+        if not _within(name, self._models) or plan.has(module):
             return
+        if _within(name, self._experts) or _within(name, self._routers):
+            return
+        children = dict(module.named_children())
+        if any(type(child).__name__.endswith("Experts") for child in children.values()):
+            self._routers |= {f"{name}.{router}" for router in _ROUTERS if router in children}
         if is_attention(module):
             self._attentions[name] = module
             plan_attention(plan, name, module)
