@@ -399,7 +399,8 @@ def test_experts(family):
 def test_a_router_that_is_a_layer():
     """It looks like any other one, and its name alone says what it is."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    model = _small("Qwen2MoeForCausalLM", shared_expert_intermediate_size=16, **sizes)
+    sizes |= {"shared_expert_intermediate_size": 16, "num_key_value_heads": 2}
+    model = _small("Qwen2MoeForCausalLM", **sizes)
     with pytest.warns(UserWarning, match="left alone: 2 Linear, 2 Qwen2MoeTopKRouter"):
         prepared(model, TABLE2)
     names = [name for name, _ in named_quantizers(model)]

@@ -42,7 +42,7 @@ def plan_block(
     plan.sites(
         f"{name}.{attention}",
         QuantAttention,
-        **(cached(plan, plan.model.get_submodule(f"{name}.{attention}"))),
+        **cached(plan, plan.model.get_submodule(f"{name}.{attention}")),
         scores_quantizer=None,
         probabilities_quantizer=None,
         context_quantizer=width,
@@ -51,7 +51,7 @@ def plan_block(
 
 def cached(plan: Plan, attention: nn.Module) -> dict[str, int | None]:
     """Sites of the keys and values, where the configuration has something for the cache alone."""
-    if getattr(plan.config, "cache", None) is None:
+    if plan.config.cache is None:
         return {}
     return dict.fromkeys(("key_quantizer", "value_quantizer"), _width_of_heads(attention))
 
