@@ -525,6 +525,28 @@ class Branches(_Layer):
         return x + self.mlp(self.norm(x))
 
 
+class Functional(transformers.models.llama.modeling_llama.LlamaMLP):
+    """Whose activation is a function."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.act_fn
+        self.act_fn = nn.functional.silu
+
+
+def test_a_function_among_the_modules():
+    model = DECODERS["llama"]()
+    for layer in model.model.layers:
+        mlp = Functional(model.config)
+        mlp.load_state_dict(layer.mlp.state_dict())
+        layer.mlp = mlp.eval()
+    expected = logits(model, tokens())
+    with pytest.warns(UserWarning, match=r"\(Functional: gate_proj act_fn up_proj \* down_proj\)"):
+        prepared(model)
+    assert len(names_of(model)) == 2 * 16 + 2
+    torch.testing.assert_close(logits(off(model), tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
 class Gated(nn.Module):
     def forward(self, x):
         return self.down(self.up(x) * self.act(self.gate(x)))

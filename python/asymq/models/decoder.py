@@ -22,6 +22,10 @@ class Layer(NamedTuple):
     attention: str
     passed: tuple[str, ...]
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(step for step in self.steps if step not in QuantDecoderLayer.sites)
+
 
 def layer_of(cls: type[nn.Module]) -> Layer | None:
     """The decoder's layer that a class is: a sum behind attention and one behind the MLP, each of

@@ -72,16 +72,17 @@ class Structure:
             plan.experts(name)
         elif is_activation(module) or _is_bare_norm(module):
             plan.output(name, None)
-        elif names := gated_mlp_of(cls):
+        elif (names := gated_mlp_of(cls)) and _are_modules(module, filter(None, names)):
             width = channels_of(getattr(module, names.down), "input")
             plan.sites(name, QuantGatedMLP, product_quantizer=width)
             plan.output(f"{name}.{names.act}", width)
-        elif (layer := layer_of(cls)) and is_attention(getattr(module, layer.attention)):
-            self._layers[name] = module
-            width = getattr(getattr(module, layer.attention).config, "hidden_size", None)
-            plan.sites(
-                name, QuantDecoderLayer, attention_sum_quantizer=width, mlp_sum_quantizer=width
-            )
+        elif (layer := layer_of(cls)) and _are_modules(module, layer.modules):
+            attention = module.get_submodule(layer.attention)
+            if is_attention(attention):
+                self._layers[name] = module
+                width = getattr(attention.config, "hidden_size", None)
+                sums = dict.fromkeys(QuantDecoderLayer.sites, width)
+                plan.sites(name, QuantDecoderLayer, **sums)
 
     def end(self) -> None:
         """Models come last: what they do depends on their attention's quantizers."""
@@ -108,9 +109,9 @@ class Structure:
         for layer in self._layers.values():
             known = layer_of(type(layer))
             assert known is not None
-            for step in known.steps:
-                child = getattr(layer, step, None)
-                if step != known.attention and child is not None and not self._knows(child):
+            for step in known.modules:
+                child = layer.get_submodule(step)
+                if step != known.attention and not self._knows(child):
                     yield child
 
     def _knows(self, module: nn.Module) -> bool:
@@ -142,6 +143,11 @@ class Structure:
 def _within(name: str, modules: Iterable[str]) -> bool:
     """Whether a module is one of these, or part of one."""
     return any(not outer or f"{name}.".startswith(f"{outer}.") for outer in modules)
+
+
+def _are_modules(module: nn.Module, names: Iterable[str]) -> bool:
+    """Whether all that its forward calls are modules: others' calls may be functions."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
 def _is_bare_norm(module: nn.Module) -> bool:
