@@ -21,9 +21,13 @@ WHAT = "asymq.prepare"
 def prepare(model: nn.Module, config: QuantConfig, allow_lookahead: bool = False) -> nn.Module:
     """Puts the quantizers of `config` into `model`, in place, and returns it.
 
-    A GPT2LMHeadModel or OPTForCausalLM of transformers, also one within another module, gets one on
-    the output of every operation (attention's scores and probabilities, residual sums, logits),
-    every other model on its Linear, Conv1D, Embedding and LayerNorm layers and their subclasses.
+    A decoder of transformers, also one within another module, gets one on the output of every
+    operation (attention's queries, keys, values, scores and probabilities, products of gated MLPs,
+    residual sums, logits): GPT2LMHeadModel, OPTForCausalLM, and all whose layers and MLPs are of
+    the structure of Llama's, which is read from their source. Other models of transformers get them
+    on attention, activation functions and layers, every other model on its layers: Linear, Conv1D,
+    Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm and their subclasses. Of experts the weights, and
+    with ``input`` what they multiply, are quantized. A warning names what is not.
     Modules that share a weight share its quantizer, and one forward of the model quantizes it once.
     Quantizers that the model has already stay. Calibrate next.
 

@@ -38,10 +38,12 @@ def test_a_model_nobody_knows(device):
     model = Net().to(device).eval()
     x = torch.randint(0, 10, (5, 6), device=device)
     expected = model(x).detach()
-    with pytest.warns(UserWarning, match="Net is not .* left alone: 1 BatchNorm1d, 1 Conv2d$"):
+    with pytest.warns(UserWarning, match="Net is not .* left alone: 1 BatchNorm1d$"):
         assert asymq.prepare(model, EVERYTHING) is model
     assert [(name, q.kind) for name, q in asymq.named_quantizers(model)] == [
         ("embedding.weight_quantizer", "weight"),
+        ("convolution.weight_quantizer", "weight"),
+        ("convolution.output_quantizer", "activation"),
         ("norm.weight_quantizer", "norm_weight"),
         ("norm.output_quantizer", "activation"),
         ("linear.weight_quantizer", "weight"),
@@ -121,9 +123,9 @@ REFUSED = [
     (
         lambda: nn.Sequential(nn.ReLU()),
         TABLE2,
-        "Sequential has no Embedding, Linear, LayerNorm or Conv1D layer",
+        "Sequential has no Conv1d, Conv2d, .* LayerNorm, Conv1D, RMSNorm or T5LayerNorm layer",
     ),
-    (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), TABLE2, "Sequential has no Embedding"),
+    (lambda: nn.Sequential(nn.Conv3d(1, 1, 1)), TABLE2, "Sequential has no Conv1d"),
     (gpt2, QuantConfig(None, None, None), "leaves GPT2LMHeadModel no quantizer"),
     (gpt2, QuantConfig(SPEC, None, None, skip=("*",)), "leaves GPT2LMHeadModel no quantizer"),
     (

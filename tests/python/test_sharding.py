@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from processes import run
-from tiny_models import gpt2, logits, next_token_loss, prepared, tokens
+from tiny_models import DECODERS, MIXTURES, gpt2, logits, next_token_loss, prepared, tokens
 from torch import distributed as dist
 from torch import nn
 
@@ -89,6 +89,24 @@ def _fsdp(rank, folder):
 @pytest.mark.slow
 def test_fsdp2(tmp_path):
     run(_fsdp, tmp_path)
+
+
+def _read_through_quantizers(rank):
+    """Weights that a forward not ours reads: norms', a scaled embedding's, experts'."""
+    for make in (DECODERS["gemma3"], MIXTURES["mixtral"]):
+        alone = prepared(make(), "min_max")
+        next_token_loss(alone, tokens(*BATCH)).backward()
+        model = prepared(make(), "min_max")
+        for layer in model.model.layers:
+            asymq.shard(layer, mesh=mesh())
+        asymq.shard(model, mesh=mesh())
+        next_token_loss(model, mine(rank)).backward()
+        assert_close(gradients(model), gradients(alone))
+
+
+@pytest.mark.slow
+def test_weights_read_through_quantizers_are_sharded():
+    run(_read_through_quantizers)
 
 
 def _parts(rank):

@@ -7,6 +7,15 @@ from torch import nn
 from asymq.layers.quantized import Quantized
 from asymq.layers.registry import quantizes
 
+_NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether it is an activation function of torch or transformers, element by element."""
+    files = ("torch.nn.modules.activation", "transformers.activations")
+    known = any(cls.__module__ in files for cls in type(module).__mro__)
+    return known and not isinstance(module, _NOT_ELEMENTWISE)
+
 
 def is_tanh_gelu(module: nn.Module) -> bool:
     """Whether it computes GELU's tanh approximation, and nothing else."""

@@ -1,14 +1,23 @@
-"""Attention with quantized scores, probabilities and context, for transformers' interface."""
+"""Attention with quantizers, for transformers' attention interface.
+
+What an attention module hands to the interface, and gets from it, is where its quantizers are:
+queries and keys (after their rotation), values, scores, probabilities and the context.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from asymq import ops
 from asymq.layers import fused
@@ -16,17 +25,47 @@ from asymq.layers.quantized import Quantized
 from asymq.quantizers import OFF, Quantizer, apply
 
 NAME = "asymq"
+# Arguments of attention that other keys than the mask's, or sinks, would come from.
+REFUSED = ("s_aux", "sinks", "indices", "block_indices")
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether its forward goes through transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return (
+        hasattr(module, "is_causal")
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
+        and code is not None
+        and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    )
 
 
 class QuantAttention(Quantized):
     """An attention module of transformers that goes through its attention interface, where
-    `quantized_attention` uses these quantizers."""
+    `quantized_attention` uses these quantizers.
 
-    sites = ("scores_quantizer", "probabilities_quantizer", "context_quantizer")
+    It alone has a configuration that names that function, a copy: that of the model, here
+    ``model_config``, says who makes the masks, and who does what has no quantizers.
+    """
+
+    sites = (
+        "query_quantizer",
+        "key_quantizer",
+        "value_quantizer",
+        "scores_quantizer",
+        "probabilities_quantizer",
+        "context_quantizer",
+    )
+    kinds: ClassVar[Mapping[str, str]] = {"key_quantizer": "cache", "value_quantizer": "cache"}
+    query_quantizer: Quantizer | None
+    key_quantizer: Quantizer | None
+    value_quantizer: Quantizer | None
     scores_quantizer: Quantizer | None
     probabilities_quantizer: Quantizer | None
     context_quantizer: Quantizer | None
     config: PreTrainedConfig
+    model_config: PreTrainedConfig
+    eager: ClassVar[Callable | None]
 
     @classmethod
     def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
@@ -35,16 +74,39 @@ class QuantAttention(Quantized):
             self.need_interface()
             return float_class.forward(self, *args, **kwargs)
 
-        return {"forward": forward}
+        # "eager" is what its file calls so.
+        eager = getattr(sys.modules[float_class.__module__], "eager_attention_forward", None)
+        return {"forward": forward, "eager": eager and staticmethod(eager)}
+
+    def begin(self) -> None:
+        self.model_config, self.config = self.config, copy.copy(self.config)
+        self.config._attn_implementation_internal = NAME
+
+    def end(self) -> None:
+        self.config = self.__dict__.pop("model_config")
+
+    def rest(self) -> Callable | None:
+        """The model's own implementation of what lies between values and context; None: it is
+        `quantized_attention`'s."""
+        implementation = self.model_config._attn_implementation
+        if implementation in (NAME, None):
+            return None
+        if implementation == "eager":
+            return None if self.has_scores else self.eager
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether it quantizes what only `quantized_attention` computes."""
+        return self.scores_quantizer is not None or self.probabilities_quantizer is not None
 
     def need_interface(self) -> None:
         """RuntimeError where another implementation has been chosen, which would pass over the
-        quantizers."""
-        implementation = self.config._attn_implementation
+        quantizers of scores and probabilities."""
+        implementation = self.model_config._attn_implementation
         if implementation == NAME:
             return
-        for site in self.sites:
-            quantizer = getattr(self, site)
+        for quantizer in (self.scores_quantizer, self.probabilities_quantizer):
             if quantizer is not None and quantizer.state != OFF:
                 raise RuntimeError(
                     f"{quantizer.label}: the attention implementation {implementation!r} knows no "
@@ -54,7 +116,7 @@ class QuantAttention(Quantized):
 
 
 def quantized_attention(
-    module: QuantAttention,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,41 +124,95 @@ def quantized_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(context [batch, queries, heads, width], probabilities [batch, heads, queries, keys]).
 
-    query, key, value: [batch, heads, tokens, width]. attention_mask: what `attention_mask` below
-    makes, True where a query sees a key, or a user's own that is added to the scores; broadcast
-    against [batch, heads, queries, keys]. None: the causal one, if module.is_causal and there are
-    as many keys as queries.
+    query: [batch, heads, queries, width]. key, value: [batch, key heads, keys, width]; a key head
+    serves heads / key heads consecutive ones. attention_mask: what `attention_mask` below makes,
+    True where a query sees a key, or one that is added to the scores; broadcast against [batch,
+    heads, queries, keys]. None: the causal one, if the attention is causal and there are as many
+    keys as queries. softcap: scores become softcap * tanh(scores / softcap), position_bias is added
+    to them, before their quantizer.
+
+    Where the model has another implementation, which nothing here needs to be otherwise, that one
+    does what lies between the values and the context, with its own mask; without probabilities
+    then.
     """
+    # One implementation runs all attention of a model, also that without quantizers.
+    of_query, of_key, of_value, before, after, of_context = (
+        getattr(module, site, None) for site in QuantAttention.sites
+    )
+    query, key, value = apply(of_query, query), apply(of_key, key), apply(of_value, value)
+    rest = module.rest() if isinstance(module, QuantAttention) else None
+    if rest is not None:
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        context, probabilities = rest(module, query, key, value, attention_mask, **options)
+    else:
+        dropout = dropout if module.training else 0.0
+        context, probabilities = _attention(
+            module, query, key, value, attention_mask, scaling, dropout, before, after, **kwargs
+        )
+    # The heads lie side by side, so that a channel is a channel of the output.
+    context = apply(of_context, context.flatten(2)).view(context.shape)
+    return context, probabilities
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    before: Quantizer | None,
+    after: Quantizer | None,
+    *,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    for name in REFUSED:
+        if kwargs.get(name) is not None:
+            raise RuntimeError(
+                f"asymq: {type(module).__name__} gives attention {name}, which quantized scores "
+                "and probabilities do not know: leave both out (skip)"
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Scaling the queries spares a pass over the scores.
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None and not (
-        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
-    ):
+    scores = _matmul(query * scaling, key.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
         # A mask of four dimensions comes as the user made it.
         raise ValueError(
             "asymq: an attention mask of four dimensions must be bool (True: seen) or floating "
-            f"point (added to the scores), got {attention_mask.dtype}"
+            f"point (added to the scores), got {mask.dtype}"
         )
-    queries, keys = scores.shape[-2:]
-    causal = attention_mask is None and queries == keys and getattr(module, "is_causal", False)
-    # One implementation runs all attention of a model, also that without quantizers.
-    before, after, of_context = (getattr(module, site, None) for site in QuantAttention.sites)
-    dropout = dropout if module.training else 0.0
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
+    causal = mask is None and scores.shape[-2] == scores.shape[-1] and bool(is_causal)
     ranges = fused.ranges_of(before, after)
     if ranges is not None and not dropout and not torch.compiler.is_compiling():
-        probabilities = ops.quantized_softmax(scores, attention_mask, *ranges, causal=causal)
-        context = _attend(probabilities, value, scores, attention_mask, causal, *ranges)
+        probabilities = ops.quantized_softmax(scores, mask, *ranges, causal=causal)
+        context = _attend(probabilities, value, scores, mask, causal, *ranges)
     else:
-        probabilities = fused.softmax(scores, attention_mask, causal, before, after)
-        context = nn.functional.dropout(probabilities, dropout) @ value
-    # With the heads side by side, so that a channel is a channel of the output.
-    context = context.transpose(1, 2)
-    context = apply(of_context, context.flatten(2)).view(context.shape)
-    return context, probabilities
+        probabilities = fused.softmax(scores, mask, causal, before, after)
+        context = _matmul(nn.functional.dropout(probabilities, dropout), value)
+    return context.transpose(1, 2), probabilities
+
+
+def _matmul(x: Tensor, of_keys: Tensor) -> Tensor:
+    """x @ of_keys, where one head of `of_keys` serves as many consecutive heads of x as there are,
+    without a copy for each: x [batch, heads, m, n], of_keys [batch, key heads, n, k]."""
+    heads, of_key = x.shape[1], of_keys.shape[1]
+    if heads == of_key:
+        return x @ of_keys
+    rows = x.reshape(x.shape[0], of_key, heads // of_key * x.shape[2], x.shape[3])
+    return (rows @ of_keys).view(*x.shape[:3], of_keys.shape[-1])
 
 
 def _attend(
@@ -123,7 +239,7 @@ class _Attend(torch.autograd.Function):
         # softmax's own backward.
         ctx.save_for_backward(value, scores, mask, *range_tensors)
         ctx.causal, ctx.ranges = causal, ranges
-        return probabilities @ value
+        return _matmul(probabilities, value)
 
     @staticmethod
     def backward(ctx, grad):
@@ -131,7 +247,7 @@ class _Attend(torch.autograd.Function):
         grad = grad.to(value.dtype)
         grad_probabilities = grad_value = None
         if ctx.needs_input_grad[0]:
-            grad_probabilities = grad @ value.transpose(-1, -2)
+            grad_probabilities = _matmul(grad, value.transpose(-1, -2))
         if ctx.needs_input_grad[1]:
             before, after, first = ctx.ranges
             probabilities = ops.quantized_softmax(
@@ -141,7 +257,10 @@ class _Attend(torch.autograd.Function):
                 after._replace(parameters=tuple(range_tensors[first:])),
                 causal=ctx.causal,
             )
-            grad_value = probabilities.transpose(-1, -2) @ grad
+            # All rows of the heads that a key head serves.
+            groups = *value.shape[:2], -1
+            probabilities = probabilities.reshape(*groups, probabilities.shape[-1])
+            grad_value = probabilities.transpose(-1, -2) @ grad.reshape(*groups, grad.shape[-1])
         return grad_probabilities, grad_value, *[None] * (4 + len(range_tensors))
 
 

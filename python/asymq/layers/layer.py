@@ -62,6 +62,11 @@ class QuantLayer(Quantized):
         return own_forward(float_class, "weight")
 
     @classmethod
+    def serves(cls, module: nn.Module) -> bool:
+        """Whether a float module is of the type that this one quantizes."""
+        return isinstance(module, cls.float_class)
+
+    @classmethod
     def left_alone(cls, module: nn.Module) -> bool:
         """Whether `prepare` passes over such a module, and lists it."""
         weight = getattr(module, "weight", None)
@@ -147,7 +152,7 @@ class QuantLayer(Quantized):
 
         ValueError: it is of another class than `float_class`, or cannot have these quantizers.
         """
-        if not isinstance(module, cls.float_class):
+        if not cls.serves(module):
             raise ValueError(
                 f"{cls.__name__}.from_float: needs {cls.made_of}, got {type(module).__name__}"
             )

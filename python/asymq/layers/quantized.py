@@ -158,7 +158,7 @@ _thread = threading.local()
 
 
 @contextmanager
-def _reading_quantized(module: nn.Module) -> Iterator[None]:
+def reading_quantized(module: nn.Module) -> Iterator[None]:
     outer = getattr(_thread, "reading", None)
     # Each parameter is quantized once, however often the forward reads it.
     _thread.reading = module, {}
@@ -203,7 +203,7 @@ def own_forward(cls: type[nn.Module], *parameters: str) -> dict[str, Any]:
                 args = (self.input_quantizer(args[0]), *args[1:])
             else:
                 kwargs[first] = self.input_quantizer(kwargs[first])
-        with _reading_quantized(self):
+        with reading_quantized(self):
             y = cls.forward(self, *args, **kwargs)
         return self.quantize_output(y)
 

@@ -7,7 +7,7 @@ from torch.nn.functional import dropout
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
 from asymq.layers import QuantLogits
-from asymq.models.block import QuantBlock, argument_names, plan_block
+from asymq.models.block import QuantBlock, argument_names, cached, plan_block
 from asymq.models.root import QuantCausalLM
 from asymq.models.sites import Plan
 from asymq.quantizers import apply
@@ -60,8 +60,10 @@ def plan(plan: Plan, model: OPTForCausalLM) -> None:
     for i, layer in enumerate(decoder.layers):
         name = f"model.decoder.layers.{i}"
         plan_block(plan, name, QuantOPTDecoderLayer, "self_attn", width, first=i == 0)
-        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        for projection in ("q_proj", "k_proj", "out_proj"):
             plan.layer(f"{name}.self_attn.{projection}")
+        # A cache's values have a quantizer of their own.
+        plan.layer(f"{name}.self_attn.v_proj", output=not cached(plan, layer.self_attn))
         for norm in ("self_attn_layer_norm", "final_layer_norm"):
             plan.layer(f"{name}.{norm}")
         # A ReLU's output alone is quantized: what it clips needs no grid of its own.

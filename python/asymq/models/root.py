@@ -85,14 +85,44 @@ def warn_of_unreached(model: nn.Module, when: str, besides: Sequence[str] = ()) 
         )
 
 
-class QuantCausalLM(Quantized):
-    """A language model of transformers whose attention runs as `quantized_attention` and whose loss
-    knows what the logits were before their quantizer."""
+class QuantAttentionModel(Quantized):
+    """A model of transformers with attention. Where scores or probabilities are quantized, its
+    masks are those of `quantized_attention`."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its models
         config: PreTrainedConfig
 
-        def set_attn_implementation(self, name: str) -> None: ...
+    def begin(self) -> None:
+        """The configuration says which attention runs; others may share it: this gets its own."""
+        from transformers import PreTrainedConfig
+
+        from asymq.layers.attention import NAME, QuantAttention
+
+        attentions = [m for m in self.modules() if isinstance(m, QuantAttention) and m.has_scores]
+        if not attentions:
+            return
+        copies: dict = {}  # one for each, also of those within others
+        for module in self.modules():
+            for name in ("config", "model_config"):
+                config = vars(module).get(name)
+                if isinstance(config, PreTrainedConfig):
+                    setattr(module, name, deepcopy(config, copies))
+        self._asymq_attention = []
+        for config in (attention.model_config for attention in attentions):
+            if config._attn_implementation != NAME:
+                self._asymq_attention.append((config, config._attn_implementation))
+                config._attn_implementation_internal = NAME
+
+    def end(self) -> None:
+        from asymq.layers.attention import NAME
+
+        for config, before in self.__dict__.pop("_asymq_attention", ()):
+            if config._attn_implementation == NAME:
+                config._attn_implementation_internal = before
+
+
+class QuantCausalLM(QuantAttentionModel):
+    """A language model whose loss knows what the logits were before their quantizer."""
 
     @property
     def loss_function(self):
@@ -107,23 +137,3 @@ class QuantCausalLM(Quantized):
     @loss_function.setter
     def loss_function(self, value) -> None:
         self._loss_function = value
-
-    def begin(self) -> None:
-        """The configuration says which attention runs; others may share it: this gets its own."""
-        from asymq.layers.attention import NAME, QuantAttention
-
-        if not any(isinstance(module, QuantAttention) for module in self.modules()):
-            return
-        shared, own = self.config, deepcopy(self.config)
-        for module in self.modules():
-            if getattr(module, "config", None) is shared:
-                module.config = own
-        self._asymq_attention = own._attn_implementation
-        self.set_attn_implementation(NAME)
-
-    def end(self) -> None:
-        from asymq.layers.attention import NAME
-
-        before = self.__dict__.pop("_asymq_attention", None)
-        if before is not None and self.config._attn_implementation == NAME:
-            self.set_attn_implementation(before)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from asymq.config import QuantConfig
 from asymq.layers import Quantized, QuantLayer, QuantOutput, registry
 from asymq.layers.embedding import QuantEmbedding
+from asymq.layers.experts import QuantExperts
 from asymq.layers.layer import weight_of
 from asymq.layers.quantized import need_own_forward, put_in
 from asymq.quantizers import QuantAct, Quantizer, QuantSpec, WeightQuantizer, elements
@@ -144,9 +145,12 @@ class Plan:
         """Quantizes the output of the module `name`, a tensor whose last axis has `channels`."""
         self.sites(name, QuantOutput, output_quantizer=channels)
 
-    def sites(self, name: str, base: type[Quantized], **channels: int | None) -> None:
+    def sites(
+        self, name: str, base: type[Quantized], **channels: int | None
+    ) -> dict[str, Quantizer | None]:
         """Makes the module `name` a `base`, which uses the activation quantizers named in
-        `channels`: the size of their last axis, None where only the tensors know it."""
+        `channels`: the size of their last axis, None where only the tensors know it. Returns
+        them."""
         module, full = self.model.get_submodule(name), self._full(name)
         label = full or type(module).__name__
         need_own_forward(module, label)
@@ -162,6 +166,20 @@ class Plan:
             for site, size in channels.items()
         }
         self._add(full, module, base, quantizers)
+        return quantizers
+
+    def experts(self, name: str) -> None:
+        """Quantizes the weights of the experts `name`, the tokens that they are given, and what
+        their second weight is multiplied with."""
+        module, full = self.model.get_submodule(name), self._full(name)
+        quantizers = self.sites(name, QuantExperts, **QuantExperts.channels(module))
+        for weight in QuantExperts.weights:
+            site = f"{weight}_quantizer"
+            spec = self._spec(f"{full}.{site}", "weight")
+            if spec is not None:
+                quantizers[site] = QuantExperts.make_weight_quantizer(
+                    module, weight, spec, f"{full}.{site}"
+                )
 
     def becomes(self, name: str, base: type[Quantized]) -> None:
         """Makes the module `name` a `base`, which has no quantizers of its own; a module of another
@@ -207,7 +225,7 @@ class Plan:
         or its users want different ranges, or tensors overlap in part."""
         places = _Places(self.root)
         layers = [(c, c.base) for c in self._changes.values() if issubclass(c.base, QuantLayer)]
-        quantized = {id(change.module) for change, _ in layers}
+        quantized = {(id(change.module), "weight") for change, _ in layers}
         owners: dict[tuple, _Change] = {}
         for change, base in layers:
             name, weight = f"{change.name}.weight_quantizer", change.module._parameters["weight"]
@@ -227,6 +245,13 @@ class Plan:
                 change.quantizers["weight_quantizer"] = base.make_weight_quantizer(
                     change.module, spec, f"{change.name}."
                 )
+
+        for change in self._changes.values():
+            for own in QuantExperts.weights if issubclass(change.base, QuantExperts) else ():
+                if change.quantizers.get(f"{own}_quantizer") is not None:
+                    parameter = change.module.get_parameter(own)
+                    name, user = f"{change.name}.{own}", (id(change.module), own)
+                    places.need_all_quantized(name, parameter, {user})
 
     def _need_one_role(self, owner: _Change, change: _Change, base: type[QuantLayer]) -> None:
         """ValueError where the configuration wants two things of one weight."""
@@ -343,12 +368,14 @@ class _Places:
                     place = (f"{name}.{key}" if name else key, module, parameter)
                     self._by_storage[_storage(parameter)].append(place)
 
-    def need_all_quantized(self, name: str, weight: Tensor, quantized: set[int]) -> None:
-        """ValueError where a weight has a user that is not among the `quantized` layers (ids), or
-        shares a part of its memory with another parameter."""
+    def need_all_quantized(
+        self, name: str, weight: Tensor, quantized: set[tuple[int, str]]
+    ) -> None:
+        """ValueError where a weight has a user that is not among the `quantized` ones (a module's
+        id, the parameter's name), or shares a part of its memory with another parameter."""
         for other, module, parameter in self._by_storage[_storage(weight)]:
             if elements(parameter) == elements(weight):
-                if id(module) not in quantized or not other.endswith("weight"):
+                if (id(module), other.rpartition(".")[2]) not in quantized:
                     raise ValueError(
                         f"asymq.prepare: {name} is also {other} ({type(module).__name__}), which "
                         "asymq does not quantize, and asymq.convert would change it there: untie "

@@ -45,6 +45,45 @@ def opt(**options) -> nn.Module:
 FAMILIES = {"gpt2": gpt2, "opt": opt}
 
 
+def _of_llama_s_kind(name: str, config: str = "", **sizes):
+    """A function that makes such a model: 4 heads of 8 channels, two of which share keys."""
+
+    def make(**options) -> nn.Module:
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        base = {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "vocab_size": 97,
+        }
+        base |= heads | {"max_position_embeddings": 64, "pad_token_id": 0}
+        cls = getattr(transformers, f"{name}ForCausalLM")
+        return _build(cls, getattr(transformers, f"{config or name}Config"), base | sizes | options)
+
+    return make
+
+
+_GEMMA = {"sliding_window": 4, "query_pre_attn_scalar": 8}
+_EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
+DECODERS = {
+    "llama": _of_llama_s_kind("Llama"),
+    "llama-tied": _of_llama_s_kind("Llama", tie_word_embeddings=True),
+    "mistral": _of_llama_s_kind("Mistral", sliding_window=4),
+    "qwen2": _of_llama_s_kind("Qwen2"),
+    "qwen3": _of_llama_s_kind("Qwen3"),
+    "smollm3": _of_llama_s_kind("SmolLM3"),
+    "gemma": _of_llama_s_kind("Gemma"),
+    "gemma2": _of_llama_s_kind("Gemma2", **_GEMMA),
+    "gemma3": _of_llama_s_kind("Gemma3", "Gemma3Text", **_GEMMA),
+    "phi3": _of_llama_s_kind("Phi3"),
+    "olmo2": _of_llama_s_kind("Olmo2"),
+}
+MIXTURES = {
+    "mixtral": _of_llama_s_kind("Mixtral", num_local_experts=4, **_EXPERTS),
+    "qwen3-moe": _of_llama_s_kind("Qwen3Moe", num_experts=4, moe_intermediate_size=16, **_EXPERTS),
+}
+
+
 def _through_a_file(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
