@@ -155,7 +155,7 @@ def test_pictures_of_a_table(filled):
     assert left.get_title() == "scale/offset"
     assert right.get_title() == "min/max, beta/gamma, beta/gamma/sigmoid"
     assert [len(axes.lines) for axes in (left, right)] == [2, 6]
-    figure = plots.draw_ranges("gpt2", "1e-2", own[::2])
+    figure = plots.draw_ranges("gpt2, learning rate 1e-2", own[::2])
     assert "learning rate 1e-2" in figure.get_suptitle()
     # Both ends of every cell.
     assert [len(axes.lines) for axes in figure.axes] == [2 * len(own[::2])] * 6
@@ -521,7 +521,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
 
 BAD = {
     "missing folder": (("--model", "./nothing"), "no such folder"),
-    "another family": (("--model", "{}/bert"), "GPT-2 and OPT"),
+    "a model of both sides": (("--model", "{}/bert"), "tokens see later ones"),
     "no weights": (("--model", "{}/empty"), "config.json"),
     "missing text": (("--data", "./nothing"), "wiki.train.raw"),
     "missing file": (("--test-text", "./nothing"), "nothing: No such file"),
