@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from asymq.experiments.benchmark import ops, step
+from asymq.experiments.benchmark import ops, recipes, step
 from asymq.experiments.common.command import Parser, integer
 from asymq.experiments.common.files import BadInput, need_writable
+from asymq.experiments.common.recipes import FORM, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,9 +42,28 @@ COMMANDS = {
     "step": (
         step,
         "a training step of a model, against the float model and other quantizers",
-        {"only": step.METHODS, "precision": step.PRECISIONS},
+        # Which of them a run has, and its defaults, depends on --recipe.
+        {"only": (*step.METHODS, *recipes.METHODS[1:]), "precision": step.PRECISIONS},
     ),
 }
+
+
+def module_of(args):
+    """What runs the command. BadInput: options that do not go together."""
+    if args.command != "step":
+        return COMMANDS[args.command][0]
+    module = recipes if args.recipe else step
+    if args.generate and not args.recipe:
+        raise BadInput("--generate: measures recipes: give --recipe too")
+    args.only = args.only or list(module.METHODS)
+    for method in args.only:
+        if method not in module.METHODS:
+            raise BadInput(
+                f"--only {method}: {'with' if args.recipe else 'without'} --recipe there are "
+                f"{', '.join(module.METHODS)}"
+            )
+    args.precision = args.precision or list(module.DEFAULT_PRECISIONS)
+    return module
 
 
 def main(arguments=None):
@@ -80,10 +100,22 @@ def main(arguments=None):
             help="results of the same command to compare with",
         )
         if name == "step":
+            command.set_defaults(only=None, precision=None)
             command.add_argument(
                 "--model",
                 choices=step.MODELS,
-                help="its shape (default gpt2, on the CPU quickstart)",
+                help="its shape (default gpt2, with --recipe llama-1b, on the CPU quickstart)",
+            )
+            command.add_argument(
+                "--recipe",
+                nargs="+",
+                type=Recipe.parse,
+                metavar=FORM,
+                help="such as w4a8:group=32,cache=8, beside the float model with SDPA, eager and "
+                "compiled; weights and ranges learn, in bfloat16 (default: the paper's setting)",
+            )
+            command.add_argument(
+                "--generate", action="store_true", help="with --recipe: tokens a second, too"
             )
             command.add_argument(
                 "--checkpointing", action="store_true", help="recompute the blocks' activations"
@@ -96,7 +128,7 @@ def main(arguments=None):
         parser.error("--device cuda needs a GPU, and torch sees none")
     try:
         need_writable(args.out)
-        COMMANDS[args.command][0].run(args)
+        module_of(args).run(args)
     except ModuleNotFoundError as error:
         parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
     except (BadInput, OSError, torch.OutOfMemoryError) as error:

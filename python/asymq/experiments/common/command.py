@@ -82,7 +82,7 @@ def add_options(groups: dict[str, argparse._ArgumentGroup], cls: type) -> None:
         if default is not None and not isinstance(default, bool):
             shown = str(default).replace("e-0", "e-")
             text = f"{text} (default {shown})" if text else f"default {shown}"
-        groups[group].add_argument(_flag(name), default=default, help=text, **more)
+        groups[group].add_argument(flag(name), default=default, help=text, **more)
 
 
 def options_of(cls: type, arguments: argparse.Namespace):
@@ -95,19 +95,19 @@ def check_options(values) -> None:
     for name, default, metadata in _options(type(values)):
         value, check, choices = getattr(values, name), metadata["type"], metadata.get("choices")
         if choices and value not in choices:
-            raise BadInput(f"{_flag(name)}: must be of {', '.join(choices)}, got {value!r}")
+            raise BadInput(f"{flag(name)}: must be of {', '.join(choices)}, got {value!r}")
         if isinstance(default, bool) and not isinstance(value, bool):
-            raise BadInput(f"{_flag(name)}: must be True or False, got {value!r}")
+            raise BadInput(f"{flag(name)}: must be True or False, got {value!r}")
         try:
             if check and value != default:
                 check(str(value))
         except ArgumentTypeError as error:
-            raise BadInput(f"{_flag(name)}: {error}") from None
+            raise BadInput(f"{flag(name)}: {error}") from None
 
 
 def _options(cls: type) -> list[tuple]:
     return [(f.name, f.default, f.metadata) for f in fields(cls) if "help" in f.metadata]
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return "--" + name.replace("_", "-")

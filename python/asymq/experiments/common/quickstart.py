@@ -26,10 +26,11 @@ from asymq.experiments.common.files import write
 NAME, CONTEXT, VOCABULARY, END = "gpt2-topics", 128, 2048, "<|endoftext|>"
 
 
-def write_text(folder: Path) -> tuple[str, str]:
-    """Python's help topics, every tenth held out for evaluation."""
+def write_text(folder: Path, characters: int | None = None) -> tuple[str, str]:
+    """Python's help topics, every tenth held out for evaluation, of which no more than so many
+    `characters` are kept."""
     names = sorted(topics)
-    test = "\n".join(topics[name] for name in names[::10])
+    test = "\n".join(topics[name] for name in names[::10])[:characters]
     train = "\n".join(topics[name] for i, name in enumerate(names) if i % 10)
     write(folder / text.TRAIN, train)
     write(folder / text.TEST, test)
@@ -90,7 +91,16 @@ def main() -> None:
     parser = Parser("quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=integer(1), default=900, help="default 900")
+    parser.add_argument(
+        "--text-alone",
+        type=integer(1),
+        metavar="N",
+        help="no model; and of the text for evaluation the first N characters",
+    )
     args = parser.parse_args()
+    if args.text_alone is not None:
+        write_text(args.folder / "text", args.text_alone)
+        return
     target = args.folder / NAME
     if target.exists():
         print(f"{target} is there already")

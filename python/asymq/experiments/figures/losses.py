@@ -15,14 +15,15 @@ from asymq.experiments.figures import claims
 from asymq.experiments.figures.definitions import FIGURE4
 from asymq.experiments.figures.report import write_claims
 from asymq.experiments.table2.plots import draw_losses, loss_means, loss_window, of_last
-from asymq.experiments.table2.results import Entry, by_model, read_results
+from asymq.experiments.table2.results import Entry, apart, by_model, read_results
 
 CSV_POINTS = 150  # of a curve
 
 
 def read(folder: Path) -> dict[str, list[Entry]]:
     """The results of a folder of scripts/table2.py, by model. BadInput: there are none."""
-    found = [result for result in read_results(folder) if result.get("loss")]
+    papers, _ = apart(read_results(folder))
+    found = [result for result in papers if result.get("loss")]
     if not found:
         raise BadInput(f"--table2 {folder}: has no results of scripts/table2.py")
     return by_model(found)

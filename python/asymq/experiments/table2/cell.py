@@ -23,7 +23,7 @@ from asymq.experiments.common import text
 from asymq.experiments.common.files import write
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.provenance import provenance
-from asymq.experiments.table2.protocol import Protocol
+from asymq.experiments.table2.protocol import OF_PAPERS_QUANTIZERS, Protocol
 from asymq.experiments.table2.results import (
     Cell,
     checkpoint_path,
@@ -87,7 +87,11 @@ def run_cell(
 
 def settings_of(cell: Cell, subject: Subject) -> dict:
     """What a cell's result depends on."""
-    return subject.settings | ({} if cell.seed is None else {"seed": cell.seed})
+    settings = subject.settings | ({} if cell.seed is None else {"seed": cell.seed})
+    if cell.recipe is None:
+        return settings
+    own = {key: value for key, value in settings.items() if key not in OF_PAPERS_QUANTIZERS}
+    return own | {"recipe": str(cell.recipe)}
 
 
 def float_perplexity(
@@ -119,7 +123,7 @@ class Training:
         self.cell, self.subject, self.protocol = cell, subject, protocol
         self.processes, self.state = processes, state
         self.settings = settings_of(cell, subject)
-        self.model = asymq.prepare(subject.load(), protocol.config(cell.parameterization))
+        self.model = asymq.prepare(subject.load(), protocol.config(cell.setting))
         self.model.config.use_cache = False  # type: ignore[union-attr]
         asymq.freeze_weights(self.model)
         processes.place(self.model)
@@ -218,6 +222,7 @@ class Training:
         return {
             "model": self.cell.model,
             "parameterization": self.cell.parameterization,
+            **({} if self.cell.recipe is None else {"recipe": str(self.cell.recipe)}),
             "lr": float(self.cell.lr),
             "steps": self.settings["steps"],
             "seed": self.settings["seed"],
@@ -244,7 +249,11 @@ class Training:
 
     def _follow(self) -> None:
         for name, quantizer in self.followed.items():
-            low, high = quantizer.bounds()
+            if quantizer.live:
+                factors = torch.cat([getattr(quantizer, key) for key in quantizer.learned]).detach()
+                low, high = factors, factors
+            else:
+                low, high = quantizer.bounds()
             point = [self.state.step, low.min().item(), high.max().item()]
             self.state.trajectories.setdefault(name, []).append(point)
 
@@ -268,8 +277,12 @@ def _tf32(on: bool):
 
 
 def _followed(quantizers: dict[str, Quantizer]) -> dict[str, Quantizer]:
-    """A few activations', from the first to the last."""
-    names = [name for name, quantizer in quantizers.items() if quantizer.kind == "activation"]
+    """A few activations', from the first to the last; those of inputs where no other activation is
+    quantized, of weights where none is."""
+    kinds: dict[str, list[str]] = {"activation": [], "input": [], "weight": []}
+    for name, quantizer in quantizers.items():
+        kinds.setdefault(quantizer.kind, []).append(name)
+    names = next(names for names in kinds.values() if names)
     last = len(names) - 1
     chosen = [names[i * last // (TRAJECTORIES - 1)] for i in range(TRAJECTORIES)]
     return {name: quantizers[name] for name in chosen}

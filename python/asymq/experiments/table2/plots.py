@@ -13,7 +13,7 @@ from matplotlib.ticker import LogFormatter
 
 from asymq.experiments.common.pictures import count_steps, write_figure
 from asymq.experiments.common.words import count
-from asymq.experiments.table2.results import Entry, by_model, label
+from asymq.experiments.table2.results import Entry, apart, by_model, label
 
 # Told apart in black and white by marker and dashes.
 STYLES = {
@@ -24,38 +24,61 @@ STYLES = {
     "kscale_koffset": ("C1", "D"),
 }
 _MORE_STYLES = (("C5", "P"), ("C6", "X"), ("C8", "<"), ("C9", ">"))
+_MARKERS = "os^vDPX<>p"  # of recipes, which get a colour each too
 DASHES = ("-", "--", ":", "-.")
 MARKS = 6  # a line
 WIDEST, NARROWEST = 2.2, 1.0
 BAND = 0.15  # opacity
 # In the left panel of losses; on their scale the others are one line.
 FAR_ABOVE = ("scale_offset", "kscale_koffset")
-LEGEND = {"fontsize": 8, "title_fontsize": 8, "title": "parameterization, learning rate"}
+LEGEND = {"fontsize": 8, "title_fontsize": 8}
 
 
 def plot(found: list[dict], out: Path) -> None:
     """Writes the plots of every model of the results `found` into the folder `out`."""
-    for model, own in by_model(found).items():
+    papers, recipes = apart(found)
+    for model, own in by_model(papers).items():
         write_figure(draw_perplexity(model, own), out / f"{model}__perplexity.png")
         write_figure(draw_loss(model, own), out / f"{model}__loss.png")
         for lr in dict.fromkeys(entry.column[1] for entry in own):
             shown = [entry for entry in own if entry.column[1] == lr]
             rate = shown[0].lr
-            write_figure(draw_ranges(model, rate, shown), out / f"{model}__ranges__{rate}.png")
+            write_figure(
+                draw_ranges(f"{model}, learning rate {rate}", shown),
+                out / f"{model}__ranges__{rate}.png",
+            )
+    for model, own in by_model(recipes).items():
+        write_figure(draw_perplexity(model, own), out / f"{model}__recipes__perplexity.png")
+        write_figure(draw_loss(model, own), out / f"{model}__recipes__loss.png")
+        for recipe in dict.fromkeys(entry.column[0] for entry in own):
+            shown = [entry for entry in own if entry.column[0] == recipe]
+            slug = shown[0].first["cell"].setting
+            figure = draw_ranges(f"{model}, {recipe}", shown)
+            write_figure(figure, out / f"{model}__ranges__{slug}.png")
 
 
-def style(parameterization: str) -> tuple[str, str]:
-    """Colour and marker; one that has none of its own gets some by its name."""
-    if parameterization in STYLES:
-        return STYLES[parameterization]
-    return _MORE_STYLES[sum(parameterization.encode()) % len(_MORE_STYLES)]
+def style(entry: Entry, own: list[Entry]) -> tuple[str, str]:
+    """Colour and marker; a parameterization that has none of its own gets some by its name, a
+    recipe by its place among those of `own`."""
+    setting = entry.column[0]
+    if entry.recipe is not None:
+        place = sorted({other.column[0] for other in own}).index(setting)
+        return f"C{place % 10}", _MARKERS[place % len(_MARKERS)]
+    if setting in STYLES:
+        return STYLES[setting]
+    return _MORE_STYLES[sum(setting.encode()) % len(_MORE_STYLES)]
+
+
+def _legend(own: list[Entry]) -> dict:
+    what = "parameterization" if own[0].recipe is None else "recipe"
+    return LEGEND | {"title": f"{what}, learning rate"}
 
 
 def _line(axes: Axes, xs: Sequence, ys: Sequence, entry: Entry, own: list[Entry], **options):
     """Of lines that lie on each other the lower ones are wider, and no two have their markers in
     the same places."""
     every, place = max(1, len(xs) // MARKS), own.index(entry)
-    color, marker = style(entry.column[0])
+    color, marker = style(entry, own)
     rates = sorted({other.column[1] for other in own}, reverse=True)
     width = WIDEST - (WIDEST - NARROWEST) * place / max(1, len(own) - 1)
     axes.plot(
@@ -87,7 +110,8 @@ def draw_perplexity(model: str, own: list[Entry]) -> Figure:
     whole.set(yscale="log", title="all, diverged values left out")
     for ticks in (whole.yaxis.set_major_formatter, whole.yaxis.set_minor_formatter):
         ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, **LEGEND)
+    lines = whole.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, **_legend(own))
     near.set_title("near the float model")
     values = [v for entry in own for some in entry.perplexities().values() for v in some]
     if not isinstance(plain, str) and values:
@@ -105,7 +129,7 @@ def _perplexities(axes: Axes, entry: Entry, own: list[Entry]) -> None:
         return
     steps, values = list(points), list(points.values())
     if len(entry.results) > 1:
-        color, _ = style(entry.column[0])
+        color, _ = style(entry, own)
         ends = list(map(min, values)), list(map(max, values))
         axes.fill_between(steps, *ends, color=color, alpha=BAND, linewidth=0)
     _line(axes, steps, [sum(some) / len(some) for some in values], entry, own)
@@ -127,22 +151,30 @@ def of_last(window: int) -> str:
 
 
 def draw_losses(panels: Iterable[Axes], own: list[Entry]) -> int:
-    """Draws the losses of a model, those that may be far above the others in the left panel. Each
-    point is the mean of some last training batches; returns how many."""
+    """Draws the losses of a model in two panels, those that may be far above the others in the left
+    one: some parameterizations, and of recipes those whose loss ends in the upper half. Each point
+    is the mean of some last training batches; returns how many."""
     window = loss_window(own)
-    left = [entry for entry in own if entry.column[0] in FAR_ABOVE]
-    right = [entry for entry in own if entry.column[0] not in FAR_ABOVE]
-    for axes, shown in zip(panels, (left, right), strict=True):
+    if own[0].recipe is None:
+        far = [entry for entry in own if entry.column[0] in FAR_ABOVE]
+    else:
+        last = {id(entry): (entry.losses() or [math.inf])[-1] for entry in own}
+        middle = sorted(last.values())[len(last) // 2]
+        far = [entry for entry in own if last[id(entry)] > middle]
+    near = [entry for entry in own if entry not in far]
+    for axes, shown in zip(panels, (far, near), strict=True):
         if not shown:
             axes.set_visible(False)
             continue
         for entry in shown:
             means = loss_means(entry.losses(), window)
-            _line(axes, range(window, window + len(means)), means, entry, shown)
-        names = dict.fromkeys(label(entry.column[0]) for entry in shown)
-        axes.set(ylabel="cross-entropy loss (nats per token)", title=", ".join(names))
+            _line(axes, range(window, window + len(means)), means, entry, own)
+        title = ", ".join(dict.fromkeys(label(entry.column[0]) for entry in shown))
+        if own[0].recipe is not None:
+            title = f"that end {'higher' if shown is far else 'lower'}"
+        axes.set(ylabel="cross-entropy loss (nats per token)", title=title)
         count_steps(axes)
-        axes.legend(**LEGEND)
+        axes.legend(**_legend(own))
     return window
 
 
@@ -159,8 +191,8 @@ def loss_means(losses: list[float], window: int) -> list[float]:
 # ---- ranges ------------------------------------------------------------------------------------
 
 
-def draw_ranges(model: str, rate: str, own: list[Entry]) -> Figure:
-    """Of the first seed."""
+def draw_ranges(title: str, own: list[Entry]) -> Figure:
+    """Of the first seed. Live ranges have factors, of which the smallest and largest are drawn."""
     names = list(own[0].first["trajectories"])
     columns = 3
     rows = math.ceil(len(names) / columns)
@@ -177,8 +209,7 @@ def draw_ranges(model: str, rate: str, own: list[Entry]) -> Figure:
         axes.set_visible(False)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(
-        f"{model}, learning rate {rate}: both ends of the ranges of some activations while they "
-        "learn"
+        f"{title}: both ends of some ranges (of live ones, their factors) as they learn"
     )
     return figure
 
@@ -192,7 +223,7 @@ def _ranges(axes: Axes, name: str, own: list[Entry]) -> None:
     # Far away ranges leave the picture: the others would be flat lines in it.
     _, low, high = own[0].first["trajectories"][name][0]
     bottom, top = axes.get_ylim()
-    margin = high - low
+    margin = high - low or abs(high)  # a live range starts with factors of one value
     axes.set_ylim(max(bottom, low - margin), min(top, high + margin))
     axes.set_title(name.removesuffix("_quantizer"), fontsize=9)
     count_steps(axes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import asymq
 from asymq.experiments.common.command import bit_width, check_options, integer, option, positive
+from asymq.experiments.common.recipes import Recipe
 from asymq.quantizers import spec as specs
 
 # All that a table can have, in the order of its columns.
@@ -16,6 +17,13 @@ COLUMNS = tuple(
     for name in (base, *(["beta_gamma_sigmoid"] if base == "beta_gamma" else []))
 )
 PAPERS = ("scale_offset", "min_max", "beta_gamma")
+# What the paper's setting is called among the recipes.
+PAPERS_SETTING = "table2"
+# Options of the paper's quantizers, of which a recipe has its own.
+OF_PAPERS_QUANTIZERS = (
+    *("weight_bits", "activation_bits", "norm_bits"),
+    *("weight_granularity", "activation_granularity", "eps"),
+)
 
 
 def granularity(text: str) -> asymq.PerTensor | asymq.PerChannel | asymq.PerGroup:
@@ -74,8 +82,12 @@ class Protocol:
     def __post_init__(self):
         check_options(self)
 
-    def config(self, parameterization: str) -> asymq.QuantConfig:
-        table2 = asymq.QuantConfig.table2(parameterization)
+    def config(self, setting: str) -> asymq.QuantConfig:
+        """setting: a parameterization of the paper's setting, or a recipe as file names have it."""
+        recipe = Recipe.named(setting)
+        if recipe is not None:
+            return recipe.config()
+        table2 = asymq.QuantConfig.table2(setting)
         assert table2.weight and table2.activation and table2.norm_weight
         return replace(
             table2,

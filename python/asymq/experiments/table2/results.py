@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from asymq.experiments.common.files import BadInput
+from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.table2.protocol import COLUMNS
 
 DIVERGED, DIVERGED_ABOVE = "diverged", 1e6
@@ -22,11 +23,11 @@ _CHANGE_NO_RESULT = ("eval_every", "checkpoint_every")
 
 @dataclass(frozen=True)
 class Cell:
-    """One training. model: its label. lr: as typed. seed: None is the protocol's, the others are
-    named."""
+    """One training. model: its label. setting: a parameterization of the paper's setting, or the
+    slug of a recipe. lr: as typed. seed: None is the protocol's, the others are named."""
 
     model: str
-    parameterization: str
+    setting: str
     lr: str
     seed: int | None = None
 
@@ -35,23 +36,31 @@ class Cell:
         """The inverse of `name`. ValueError: it is no cell's."""
         rest, _, seed = name.rpartition("__seed")
         seeded = seed.isdecimal()
-        model, parameterization, lr = (rest if seeded else name).rsplit("__", 2)
+        model, setting, lr = (rest if seeded else name).rsplit("__", 2)
         float(lr)
-        return cls(model, parameterization, lr, int(seed) if seeded else None)
+        return cls(model, setting, lr, int(seed) if seeded else None)
 
     @property
     def key(self) -> tuple:
         """The same for all spellings of the learning rate."""
-        return self.model, self.parameterization, float(self.lr), self.seed
+        return self.model, self.setting, float(self.lr), self.seed
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return Recipe.named(self.setting)
+
+    @property
+    def parameterization(self) -> str:
+        return self.setting if self.recipe is None else "beta_gamma"
 
     @property
     def name(self) -> str:
-        parts = [self.model, self.parameterization, self.lr]
+        parts = [self.model, self.setting, self.lr]
         return "__".join(parts if self.seed is None else [*parts, f"seed{self.seed}"])
 
     def __str__(self) -> str:
         seed = "" if self.seed is None else f" seed {self.seed}"
-        return f"{self.model} {self.parameterization} {self.lr}{seed}"
+        return f"{self.model} {self.recipe or self.setting} {self.lr}{seed}"
 
 
 def checkpoint_path(out: Path, cell: Cell) -> Path:
@@ -136,8 +145,8 @@ def need_same_settings(path: Path, found: dict, settings: dict) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the table: the results of a model, parameterization and learning rate, one for
-    every seed."""
+    """An entry of the table: the results of a model, setting and learning rate, one for every
+    seed."""
 
     results: tuple[dict, ...]
 
@@ -150,8 +159,13 @@ class Entry:
         return self.first["model"]
 
     @property
+    def recipe(self) -> str | None:
+        return self.first.get("recipe")
+
+    @property
     def column(self) -> tuple[str, float]:
-        return self.first["parameterization"], self.first["lr"]
+        """Of the paper's setting the parameterization, else the recipe; and the learning rate."""
+        return _setting(self.first), self.first["lr"]
 
     def place(self) -> tuple:
         """Sorts entries as the table has its columns."""
@@ -164,7 +178,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What tables and plots call it, such as "min/max 1e-2"."""
+        """What tables and plots call it, such as "min/max 1e-2" and "w8a8 1e-2"."""
         return f"{label(self.column[0])} {self.lr}"
 
     def perplexities(self) -> dict[int, list[float]]:
@@ -191,12 +205,22 @@ def entries(found: list[dict]) -> list[Entry]:
     """In the order of the table: models as found, then its columns."""
     groups: dict[tuple, list[dict]] = {}
     for result in sorted(found, key=lambda result: result.get("seed", 0)):
-        key = result["model"], result["parameterization"], result["lr"]
+        key = result["model"], _setting(result), result["lr"]
         groups.setdefault(key, []).append(result)
     models = list(dict.fromkeys(result["model"] for result in found))
 
     made = [Entry(tuple(results)) for results in groups.values()]
     return sorted(made, key=lambda entry: (models.index(entry.model), entry.place()))
+
+
+def _setting(result: dict) -> str:
+    return result.get("recipe") or result["parameterization"]
+
+
+def apart(found: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The results of the paper's setting, and those of recipes."""
+    papers = [result for result in found if not result.get("recipe")]
+    return papers, [result for result in found if result.get("recipe")]
 
 
 def by_model(found: list[dict]) -> dict[str, list[Entry]]:
@@ -206,15 +230,14 @@ def by_model(found: list[dict]) -> dict[str, list[Entry]]:
     return models
 
 
-def order(parameterization: str) -> tuple[int, str]:
-    """Those that this version does not know come last."""
-    known = parameterization in COLUMNS
-    place = COLUMNS.index(parameterization) if known else len(COLUMNS)
-    return place, parameterization
+def order(setting: str) -> tuple[int, str]:
+    """Recipes, and parameterizations that this version does not know, come last."""
+    place = COLUMNS.index(setting) if setting in COLUMNS else len(COLUMNS)
+    return place, setting
 
 
-def label(parameterization: str) -> str:
-    return parameterization.replace("_", "/")
+def label(setting: str) -> str:
+    return setting.replace("_", "/")
 
 
 def mean_and_spread(values: list[float | str | None]) -> tuple[float | str | None, float | None]:

@@ -20,11 +20,18 @@ import torch.multiprocessing as multiprocessing
 from tqdm import tqdm
 
 from asymq.experiments.common import text
+from asymq.experiments.common.command import flag
 from asymq.experiments.common.files import BadInput, first_line, lock
 from asymq.experiments.common.processes import Processes
+from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.common.words import count
 from asymq.experiments.table2.cell import run_cell, settings_of
-from asymq.experiments.table2.protocol import Protocol
+from asymq.experiments.table2.protocol import (
+    OF_PAPERS_QUANTIZERS,
+    PAPERS,
+    PAPERS_SETTING,
+    Protocol,
+)
 from asymq.experiments.table2.results import (
     Cell,
     as_found,
@@ -45,14 +52,16 @@ ENOUGH_SPACE = 100 << 20  # bytes; checkpoints hold ranges, not weights
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside the protocol. lrs: as typed. seeds: how many, from the
-    protocol's. devices: one process each, by default all GPUs; together: the processes of torchrun
-    share every cell instead, with shard (FSDP2) the weights too."""
+    """What the command line says beside the protocol. parameterizations: of the paper's setting,
+    None: the paper's. lrs: as typed. recipes: PAPERS_SETTING among them is the paper's. seeds: how
+    many, from the protocol's. devices: one process each, by default all GPUs; together: the
+    processes of torchrun share every cell instead, with shard (FSDP2) the weights too."""
 
     models: list[str]
-    parameterizations: list[str]
+    parameterizations: list[str] | None
     lrs: list[str]
     out: Path
+    recipes: tuple[Recipe | str, ...] = (PAPERS_SETTING,)
     seeds: int = 1
     data: str | None = None
     train_text: Path | None = None
@@ -60,6 +69,16 @@ class Options:
     devices: list[str] | None = None
     shard: bool = False
     together: bool = False
+
+    @property
+    def settings(self) -> list[str]:
+        """Of the cells."""
+        papers = list(PAPERS if self.parameterizations is None else self.parameterizations)
+        return [
+            setting
+            for recipe in self.recipes
+            for setting in ([recipe.slug] if isinstance(recipe, Recipe) else papers)
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,6 +125,7 @@ def run(options: Options, protocol: Protocol) -> None:
     BadInput, before anything is written: something given cannot be used.
     """
     devices = _devices(options)
+    _need_papers_setting(options, protocol)
     processes = None
     if options.together:
         processes = Processes(options.devices[0] if options.devices else None, options.shard)
@@ -151,6 +171,21 @@ def _devices(options: Options) -> list[str]:
     return options.devices or gpus or ["cpu"]
 
 
+def _need_papers_setting(options: Options, protocol: Protocol) -> None:
+    """BadInput: without the paper's setting something is given that is of it alone."""
+    if PAPERS_SETTING in options.recipes:
+        return
+    given = [] if options.parameterizations is None else ["parameterizations"]
+    given += [
+        name for name in OF_PAPERS_QUANTIZERS if getattr(protocol, name) != getattr(Protocol, name)
+    ]
+    if given:
+        raise BadInput(
+            f"{flag(given[0])}: is of the paper's setting (--recipe {PAPERS_SETTING}); the other "
+            "recipes have their own"
+        )
+
+
 def open_subjects(options: Options, protocol: Protocol) -> dict[str, Subject]:
     """The models by label."""
     if options.out.exists() and not options.out.is_dir():
@@ -160,7 +195,7 @@ def open_subjects(options: Options, protocol: Protocol) -> dict[str, Subject]:
         raise BadInput(f"--model: two models are called {max(labels, key=labels.count)}")
     train, test = text.read(options.data, options.train_text, options.test_text)
     return {
-        label: open_subject(name, train, test, protocol)
+        label: open_subject(name, train, test, protocol, options.settings)
         for label, name in zip(labels, options.models, strict=True)
     }
 
@@ -173,10 +208,10 @@ def unfinished(options: Options, work: Work) -> list[Cell]:
         _need_same(result_path(options.out, cell), result["settings"], cell, work)
     first = work.protocol.seed
     cells = [
-        Cell(label, parameterization, lr, seed)
+        Cell(label, setting, lr, seed)
         for seed in (None, *range(first + 1, first + options.seeds))
         for label in work.subjects
-        for parameterization in options.parameterizations
+        for setting in options.settings
         for lr in options.lrs
     ]
     cells = [

@@ -1,4 +1,4 @@
-"""Table 2 as Markdown and CSV, beside the paper's."""
+"""Table 2 as Markdown and CSV, beside the paper's, and the table of the recipes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import statistics
 from pathlib import Path
 
 from asymq.experiments.common.files import as_csv, write
+from asymq.experiments.common.words import count
 from asymq.experiments.table2 import plots
 from asymq.experiments.table2.protocol import PAPERS
-from asymq.experiments.table2.results import Entry, by_model, entries, mean_and_spread, read_results
+from asymq.experiments.table2.results import (
+    Entry,
+    apart,
+    by_model,
+    entries,
+    mean_and_spread,
+    read_results,
+)
 
 # Published: float, then by parameterization and learning rate.
 _PAPERS_COLUMNS = [(name, lr) for name in PAPERS for lr in (1e-2, 1e-3)]
@@ -38,6 +46,13 @@ def report(out: Path) -> None:
 
 
 def markdown(found: list[dict]) -> str:
+    """The tables of the paper's setting and of the recipes, as far as there are results."""
+    papers, recipes = apart(found)
+    tables = [papers_table(papers)] if papers else []
+    return "\n".join([*tables, *([recipes_table(recipes)] if recipes else [])])
+
+
+def papers_table(found: list[dict]) -> str:
     """The table, the paper's below, and under which conditions it was made."""
     models = by_model(found)
     titles: dict[tuple[str, float], str] = {}  # of the columns
@@ -80,24 +95,80 @@ def _conditions(model: str, own: list[Entry]) -> list[str]:
     results = [result for entry in own for result in entry.results]
     one, s = results[0], results[0]["settings"]
     seconds = statistics.median_high(result["seconds_per_step"] for result in results)
+    return [
+        f"- {model}: {_how(own)}; {seconds * 1e3:.0f} ms a step on {one['machine']}",
+        f"- {model}: of {one['ranges']} ranges collapsed (scale at most {s['eps']:g}): "
+        f"{_all_collapsed(own)}",
+        f"- {model}: {_versions(one)}",
+    ]
+
+
+def _how(own: list[Entry]) -> str:
+    results = [result for entry in own for result in entry.results]
+    s = results[0]["settings"]
+    seeds = sorted({result["seed"] for result in results})
+    of_seeds = f"seed {seeds[0]}"
+    if len(seeds) > 1:
+        of_seeds = f"mean ± standard deviation of seeds {', '.join(map(str, seeds))}"
+    return (
+        f"{s['steps']} steps of Adam, batch {s['batch']}, context {s['context']}, "
+        f"{of_seeds}; learned from {s['train_text']}, evaluated on {s['test_text']} "
+        f"({s['perplexity']})"
+    )
+
+
+def _all_collapsed(own: list[Entry]) -> str:
     collapsed = [
         f"{entry.title} {' / '.join(str(_collapsed(result)) for result in entry.results)}"
         for entry in own
         if any(map(_collapsed, entry.results))
     ]
-    versions = ", ".join(f"{name} {value}" for name, value in one["versions"].items() if value)
-    seeds = sorted({result["seed"] for result in results})
-    of_seeds = f"seed {seeds[0]}"
-    if len(seeds) > 1:
-        of_seeds = f"mean ± standard deviation of seeds {', '.join(map(str, seeds))}"
-    return [
-        f"- {model}: {s['steps']} steps of Adam, batch {s['batch']}, context {s['context']}, "
-        f"{of_seeds}; learned from {s['train_text']}, evaluated on {s['test_text']} "
-        f"({s['perplexity']}); {seconds * 1e3:.0f} ms a step on {one['machine']}",
-        f"- {model}: of {one['ranges']} ranges collapsed (scale at most {s['eps']:g}): "
-        f"{', '.join(collapsed) or 'none'}",
-        f"- {model}: {versions}; commit {one['commit'] or 'unknown'}",
+    return ", ".join(collapsed) or "none"
+
+
+def _versions(result: dict) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    return f"{versions}; commit {result['commit'] or 'unknown'}"
+
+
+# ---- recipes -----------------------------------------------------------------------------------
+
+
+def recipes_table(found: list[dict]) -> str:
+    """A row for each recipe and learning rate: perplexity as calibrated, after the last step, and
+    the lowest that was seen; the float model's beside them."""
+    lines = [
+        "| model | recipe | learning rate | float | calibrated | learned | lowest | ms a step |",
+        "|" + "---|" * 8,
     ]
+    notes = []
+    for model, own in by_model(found).items():
+        for entry in own:
+            recipe, _ = entry.column
+            seconds = statistics.median_high(r["seconds_per_step"] for r in entry.results)
+            cells = [_figure(entry.first["fp_ppl"]), _over_seeds(entry, "calibrated_ppl")]
+            cells += [_over_seeds(entry, "final_ppl"), _lowest(entry), f"{seconds * 1e3:.0f}"]
+            lines.append(_line(model, recipe, entry.lr, *cells))
+        one = own[0].first
+        notes += [
+            f"- {model}: {_how(own)}; on {one['machine']}",
+            f"- {model}: collapsed ranges: {_all_collapsed(own)}",
+            f"- {model}: {_versions(one)}",
+        ]
+    head = (
+        "Perplexity on the test text; the weights are frozen, the factors of the ranges learn "
+        "(beta/gamma)."
+    )
+    return "\n".join([*lines, "", head, "", *notes]) + "\n"
+
+
+def _lowest(entry: Entry) -> str:
+    """Of the means over seeds, with its step."""
+    means = {step: statistics.fmean(values) for step, values in entry.perplexities().items()}
+    if not means:
+        return ""
+    step = min(means, key=lambda step: means[step])
+    return f"{_figure(means[step])} ({'calibrated' if step == 0 else count(step, 'step')})"
 
 
 def _collapsed(result: dict) -> int:
@@ -107,9 +178,12 @@ def _collapsed(result: dict) -> int:
 def table_csv(found: list[dict]) -> str:
     """A line per result, which also says how many seeds its cell has, their mean and spread."""
     rows = []
+    names: tuple[str, ...] = _FIELDS
+    if any(result.get("recipe") for result in found):
+        names = ("model", "recipe", *_FIELDS[1:])
     for entry in entries(found):
         mean, spread = mean_and_spread([result["final_ppl"] for result in entry.results])
         for result in entry.results:
             values = result | {"collapsed": _collapsed(result)}
-            rows.append([*map(values.get, _FIELDS), len(entry.results), mean, spread])
-    return as_csv((*_FIELDS, "seeds", "mean_ppl", "spread_ppl"), rows)
+            rows.append([*map(values.get, names), len(entry.results), mean, spread])
+    return as_csv((*names, "seeds", "mean_ppl", "spread_ppl"), rows)
