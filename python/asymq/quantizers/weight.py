@@ -40,7 +40,8 @@ class WeightQuantizer(Quantizer):
         self.weight_shape = torch.Size(shape)
         self.fan_in = shape[reduction_axis]
         # Of a live range along the last axis, which one kernel finds and applies.
-        self._group = shape[-1] // ranges[-1] if ranges[:-1] == self.weight_shape[:-1] else None
+        of_rows = len(ranges) > 1 and ranges[:-1] == self.weight_shape[:-1]
+        self._group = shape[-1] // ranges[-1] if of_rows else None
 
     @property
     def typical_end(self) -> float:
