@@ -482,14 +482,14 @@ def test_a_recipe_is_continued(of_recipes, world, monkeypatch, capsys):
 
 
 def test_recipes_are_what_the_library_has():
-    for text, made in {
+    for said, made in {
         "w4a16:group=64": asymq.QuantConfig.w4a16(64),
         "w4a8": asymq.QuantConfig.w4a8(),
         "w8a8:cache=4": asymq.QuantConfig.w8a8(cache=4),
         "w4a4:group=64": asymq.QuantConfig.w4a4(group=64),
         "npu:head=16,weight=8": asymq.QuantConfig.npu(weight=8, head=16),
     }.items():
-        recipe = Recipe.parse(text)
+        recipe = Recipe.parse(said)
         assert recipe.config() == made
         assert Recipe.named(recipe.slug) == recipe == Recipe.parse(str(recipe))
         cell = results.Cell("a", recipe.slug, "1e-2")
@@ -519,7 +519,7 @@ def write_gguf(path):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = ["<|endoftext|>", *alphabet]
+    vocabulary = ["<|endoftext|>", *alphabet, alphabet[0] + alphabet[1]]
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -532,7 +532,8 @@ def write_gguf(path):
     writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
-    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * len(alphabet)])
+    ordinary = [gguf.TokenType.NORMAL] * (len(vocabulary) - 1)
+    writer.add_token_types([gguf.TokenType.CONTROL, *ordinary])
     writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
