@@ -543,7 +543,7 @@ def write_gguf(path):
     shapes |= {"blk.0.attn_output": (32, 32), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
     shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
     for name, shape in shapes.items():
-        values = random.normal(size=shape) if len(shape) == 2 else np.ones(shape)
+        values = random.normal(scale=0.1, size=shape) if len(shape) == 2 else np.ones(shape)
         writer.add_tensor(f"{name}.weight", values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
