@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from asymq.experiments.benchmark import ops, profile, recorded, step
+from asymq.experiments.benchmark import ops, profile, recipes, recorded, step
+from asymq.experiments.common.recipes import Recipe
 
 ROOT = Path(__file__).parents[2]
 script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
 main = script["main"]
 OPS = ("ops", "--device", "cpu", "--threads", "1", "--only", "copy,asymq")
+RECIPES = ("step", "--device", "cpu", "--threads", "1", "--model", "llama-1b", "--recipe", "w4a8")
 STEP = ("step", "--device", "cpu", "--threads", "1", "--only", "float_eager,asymq")
 
 
@@ -28,6 +30,10 @@ def small(monkeypatch):
     monkeypatch.setattr(step, "median_seconds", lambda sample, span: sample())
     tiny = step.Setting("gpt2", 1, 8, 2, 32, batch=1, context=8)
     monkeypatch.setitem(step.MODELS, "quickstart", tiny)
+    llama = step.LlamaSetting(
+        *("llama", 1, 32, 4, 32), batch=1, context=8, kv_heads=2, intermediate=64
+    )
+    monkeypatch.setitem(step.MODELS, "llama-1b", llama)
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
@@ -81,6 +87,57 @@ def test_step(tmp_path):
     assert found[0]["ratio"] == "1.0" and found[0]["peak_gib"] == ""
     text = (tmp_path / "step_cpu.md").read_text()
     assert "## asymq, bfloat16" in text and "| fake-quantize |" in text
+
+
+def test_recipes(tmp_path):
+    more = (
+        "--recipe",
+        "w4a8",
+        "w4a8:cache=8",
+        "--only",
+        "float_sdpa,recipes",
+        "--generate",
+        "--profile",
+    )
+    run(RECIPES, tmp_path, *more)
+    found = rows(tmp_path / "recipes_cpu_llama-1b.csv")
+    methods = ("float_sdpa", "w4a8:group=32", "w4a8:group=32,cache=8")
+    assert [(row["precision"], row["what"], row["method"]) for row in found] == [
+        ("bfloat16", what, method) for what in ("step", "generate") for method in methods
+    ]
+    # Of a step all tokens of the batch, of generating the new ones.
+    for row, tokens in zip(found, [8] * 3 + [4] * 3, strict=True):
+        expected = 1e3 * tokens / float(row["milliseconds"])
+        assert float(row["tokens_per_second"]) == pytest.approx(expected, rel=0.01)
+        assert float(row["times_float_sdpa"]) > 0 and row["times_float_compiled"] == ""
+    text = (tmp_path / "recipes_cpu_llama-1b.md").read_text()
+    assert "| bfloat16 | generate | w4a8:group=32 |" in text
+    assert "## step, w4a8:group=32,cache=8, bfloat16" in text
+
+
+def test_both_ratios_are_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    run(RECIPES, tmp_path)
+    found = rows(tmp_path / "recipes_cpu_llama-1b.csv")
+    assert [row["method"] for row in found] == ["float_sdpa", "float_compiled", "w4a8:group=32"]
+    plain, compiled, own = (float(row["milliseconds"]) for row in found)
+    assert float(found[2]["times_float_sdpa"]) == pytest.approx(own / plain, abs=1e-3)
+    assert float(found[2]["times_float_compiled"]) == pytest.approx(own / compiled, abs=1e-3)
+
+
+def test_a_step_of_a_recipe_learns_weights_and_ranges():
+    setting = step.MODELS["llama-1b"]
+    args = Namespace(device="cpu", checkpointing=False)
+    model = recipes.model_of(Recipe.parse("w4a8"), setting, args, torch.bfloat16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    work = recipes.training_step(model, recipes.tokens(setting, "cpu"), compiled=False)
+    work()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    ranges = {name for name in before if name.endswith((".beta", ".gamma"))}
+    weights = {name for name in before if name.endswith("proj.weight")}
+    assert len(ranges) > 10 and len(weights) == 7 and ranges | weights <= moved
+    assert {before[name].dtype for name in ranges} == {torch.float32}
+    assert {before[name].dtype for name in weights} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("command, name", [(OPS, "ops_cpu"), (STEP, "step_cpu")])
@@ -152,6 +209,20 @@ def test_bad_input_is_one_line(more, message, tmp_path, capsys):
     assert message in refused(OPS, tmp_path / "out", capsys, *more)
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(OPS, tmp_path / "file", capsys)
+
+
+@pytest.mark.parametrize(
+    "command, more, message",
+    [
+        (STEP, ("--generate",), "--generate: measures recipes"),
+        (STEP, ("--only", "recipes"), "--only recipes: without --recipe there are float_eager"),
+        (RECIPES, ("--only", "asymq"), "--only asymq: with --recipe there are float_sdpa"),
+        (RECIPES, ("--recipe", "w4a5"), "no recipe 'w4a5': choose from w4a16"),
+        (RECIPES, ("--recipe", "w4a16"), "--recipe w4a16:group=128: model.layers.0"),
+    ],
+)
+def test_bad_recipes_are_one_line(command, more, message, tmp_path, capsys):
+    assert message in refused(command, tmp_path / "out", capsys, *more)
 
 
 def test_every_operator_has_a_part():

