@@ -23,7 +23,7 @@ if [[ " $* " =~ " --model"[=\ ]"smollm2 " ]]; then
   python -m asymq.experiments.common.quickstart "$work/smollm2" --text-alone 16000
   # Few and short windows: a step takes about two seconds on two cores.
   step "Recipes" python scripts/table2.py --data "$work/smollm2/text" \
-    --recipe w4a16:group=64 w4a8:group=32 --lrs 1e-2 --steps 30 --eval-every 10 \
+    --recipe w4a16:group=64 w4a8:group=32 --lrs 1e-2 --steps 30 --eval-every 15 \
     --batch 1 --context 256 --calibration-batches 1 --out "$work/smollm2/recipes" "$@"
 elif [[ " $* " == *" --model"* ]]; then
   step "Build and install" install_package experiments
