@@ -30,16 +30,18 @@ SoftmaxOperands<S, P> operands(const at::Tensor& dense, const MaskTensor& mask,
 
 std::tuple<at::Tensor, at::Tensor> quantized_softmax(const at::Tensor& scores,
                                                      const OptionalTensor& mask, bool causal,
+                                                     std::optional<int64_t> window,
                                                      const QuantizerArguments& scores_quantizer,
                                                      const QuantizerArguments& quantizer) {
-  const QuantizerPair pair = check_quantized_softmax(scores, mask, scores_quantizer, quantizer);
+  const QuantizerPair pair =
+      check_quantized_softmax(scores, mask, causal, window, scores_quantizer, quantizer);
   const c10::cuda::CUDAGuard guard(scores.device());
   at::Tensor out = at::empty(scores.sizes(), scores.options());
   at::Tensor statistics = at::empty({scores.size(0), scores.size(1), scores.size(2), 2},
                                     scores.options().dtype(compute_dtype(scores.scalar_type())));
   if (statistics.numel() == 0) return {out, statistics};
   const at::Tensor dense = scores.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal);
+  const MaskTensor mask_tensor(mask, scores, causal, window);
   const DeviceQuantizer before(pair.before), after(pair.after);
   const SoftmaxPlan plan = softmax_plan_for(scores, false, {dense, out});
   dispatch_types(scores, pair.before.ranges.first, [&](auto element, auto range) {
@@ -55,16 +57,17 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax(const at::Tensor& scores,
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantized_softmax_backward(
     const at::Tensor& grad, const at::Tensor& scores, const at::Tensor& statistics,
-    const OptionalTensor& mask, bool causal, const QuantizerArguments& scores_quantizer,
-    const QuantizerArguments& quantizer, std::array<bool, 5> needs) {
-  const QuantizerPair pair =
-      check_quantized_softmax_backward(grad, scores, mask, scores_quantizer, quantizer);
+    const OptionalTensor& mask, bool causal, std::optional<int64_t> window,
+    const QuantizerArguments& scores_quantizer, const QuantizerArguments& quantizer,
+    std::array<bool, 5> needs) {
+  const QuantizerPair pair = check_quantized_softmax_backward(grad, scores, mask, causal, window,
+                                                              scores_quantizer, quantizer);
   const c10::cuda::CUDAGuard guard(scores.device());
   at::Tensor dscores = empty_if(needs[0], scores);
   const DeviceQuantizer before(pair.before, needs[1], needs[2]);
   const DeviceQuantizer after(pair.after, needs[3], needs[4]);
   const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal);
+  const MaskTensor mask_tensor(mask, scores, causal, window);
   const bool sums = needs[1] || needs[2] || needs[3] || needs[4];
   const SoftmaxPlan plan = softmax_plan_for(scores, sums, {dense, upstream, dscores});
   const at::Tensor workspace = workspace_if(sums, 6 * plan.blocks, scores);

@@ -19,14 +19,15 @@ class QuantizedSoftmax : public torch::autograd::Function<QuantizedSoftmax> {
   /// The lists are the quantizers' ranges, for autograd to see.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& scores, at::TensorList,
                                at::TensorList, const OptionalTensor& mask, bool causal,
-                               const QuantizerArguments& of_scores,
+                               std::optional<int64_t> window, const QuantizerArguments& of_scores,
                                const QuantizerArguments& of_probabilities) {
     // The call below shall reach a kernel, not this function again.
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [probabilities, statistics] =
-        quantized_softmax_op(scores, mask, causal, of_scores, of_probabilities);
+        quantized_softmax_op(scores, mask, causal, window, of_scores, of_probabilities);
     save(ctx, {scores, statistics, mask.value_or(at::Tensor())}, {of_scores, of_probabilities});
     ctx->saved_data["causal"] = causal;
+    ctx->saved_data["window"] = window;
     ctx->mark_non_differentiable({statistics});
     return {probabilities, statistics};
   }
@@ -38,20 +39,23 @@ class QuantizedSoftmax : public torch::autograd::Function<QuantizedSoftmax> {
     return saved.in_order(quantized_softmax_backward_op(
         grads[0], saved.tensor(0), saved.tensor(1),
         mask.defined() ? OptionalTensor(mask) : std::nullopt, ctx->saved_data["causal"].toBool(),
-        saved.quantizer(0), saved.quantizer(1), saved.needs<5>()));
+        ctx->saved_data["window"].toOptional<int64_t>(), saved.quantizer(0), saved.quantizer(1),
+        saved.needs<5>()));
   }
 };
 
 std::tuple<at::Tensor, at::Tensor> quantized_softmax_autograd(
     const at::Tensor& scores, const OptionalTensor& mask, bool causal,
-    const QuantizerArguments& of_scores, const QuantizerArguments& of_probabilities) {
+    std::optional<int64_t> window, const QuantizerArguments& of_scores,
+    const QuantizerArguments& of_probabilities) {
   // Before anything is recorded for the backward.
-  const QuantizerPair pair = check_quantized_softmax(scores, mask, of_scores, of_probabilities);
+  const QuantizerPair pair =
+      check_quantized_softmax(scores, mask, causal, window, of_scores, of_probabilities);
   check_differentiable("quantized_softmax", {pair.before, pair.after});
   TORCH_CHECK(!mask.has_value() || !mask->requires_grad(),
               "asymq::quantized_softmax: mask must not require grad, its gradient is not computed");
   const auto results = QuantizedSoftmax::apply(scores, of_scores.ranges, of_probabilities.ranges,
-                                               mask, causal, of_scores, of_probabilities);
+                                               mask, causal, window, of_scores, of_probabilities);
   return {results[0], results[1]};
 }
 

@@ -51,7 +51,9 @@ struct Softmax {
   cpu::GridPair<T> grids;
   const S* scores;
 
-  bool masked() const { return mask.visible != nullptr || mask.added != nullptr; }
+  bool masked() const {
+    return mask.window > 0 || mask.visible != nullptr || mask.added != nullptr;
+  }
 
   int64_t rows_per_task() const {
     return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, shape.keys));
@@ -173,10 +175,12 @@ Softmax<S> make_softmax(const at::Tensor& scores, const QuantizerPair& pair,
 
 std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
     const at::Tensor& scores, const OptionalTensor& mask, bool causal,
-    const QuantizerArguments& of_scores, const QuantizerArguments& of_probabilities) {
-  const QuantizerPair pair = check_quantized_softmax(scores, mask, of_scores, of_probabilities);
+    std::optional<int64_t> window, const QuantizerArguments& of_scores,
+    const QuantizerArguments& of_probabilities) {
+  const QuantizerPair pair =
+      check_quantized_softmax(scores, mask, causal, window, of_scores, of_probabilities);
   const at::Tensor dense = scores.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal);
+  const MaskTensor mask_tensor(mask, scores, causal, window);
   at::Tensor out = at::empty(scores.sizes(), scores.options());
   at::Tensor statistics = at::empty({scores.size(0), scores.size(1), scores.size(2), 2},
                                     scores.options().dtype(compute_dtype(scores.scalar_type())));
@@ -191,13 +195,14 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 quantized_softmax_backward_cpu(const at::Tensor& grad, const at::Tensor& scores,
                                const at::Tensor& statistics, const OptionalTensor& mask,
-                               bool causal, const QuantizerArguments& of_scores,
+                               bool causal, std::optional<int64_t> window,
+                               const QuantizerArguments& of_scores,
                                const QuantizerArguments& of_probabilities,
                                std::array<bool, 5> needs) {
-  const QuantizerPair pair =
-      check_quantized_softmax_backward(grad, scores, mask, of_scores, of_probabilities);
+  const QuantizerPair pair = check_quantized_softmax_backward(grad, scores, mask, causal, window,
+                                                              of_scores, of_probabilities);
   const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal);
+  const MaskTensor mask_tensor(mask, scores, causal, window);
   at::Tensor dscores = needs[0] ? at::empty(scores.sizes(), scores.options()) : at::Tensor();
   const auto gradients = empty_gradients(pair, needs);
   dispatch_dtypes(scores, pair.before.ranges.first, [&](auto element, auto range) {

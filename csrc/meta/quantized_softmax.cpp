@@ -10,9 +10,10 @@ namespace asymq {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> quantized_softmax_meta(
-    const at::Tensor& scores, const OptionalTensor& mask, bool, const QuantizerArguments& of_scores,
+    const at::Tensor& scores, const OptionalTensor& mask, bool causal,
+    std::optional<int64_t> window, const QuantizerArguments& of_scores,
     const QuantizerArguments& of_probabilities) {
-  check_quantized_softmax(scores, mask, of_scores, of_probabilities);
+  check_quantized_softmax(scores, mask, causal, window, of_scores, of_probabilities);
   const auto sizes = scores.sym_sizes();
   return {at::empty_symint(sizes, scores.options()),
           at::empty_symint({sizes[0], sizes[1], sizes[2], 2},
@@ -21,12 +22,12 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_meta(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 quantized_softmax_backward_meta(const at::Tensor& grad, const at::Tensor& scores, const at::Tensor&,
-                                const OptionalTensor& mask, bool,
-                                const QuantizerArguments& of_scores,
+                                const OptionalTensor& mask, bool causal,
+                                std::optional<int64_t> window, const QuantizerArguments& of_scores,
                                 const QuantizerArguments& of_probabilities,
                                 std::array<bool, 5> needs) {
-  const QuantizerPair pair =
-      check_quantized_softmax_backward(grad, scores, mask, of_scores, of_probabilities);
+  const QuantizerPair pair = check_quantized_softmax_backward(grad, scores, mask, causal, window,
+                                                              of_scores, of_probabilities);
   const auto gradients = empty_gradients(pair, needs);
   return {needs[0] ? at::empty_symint(scores.sym_sizes(), scores.options()) : at::Tensor(),
           gradients[0], gradients[1], gradients[2], gradients[3]};

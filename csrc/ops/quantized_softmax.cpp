@@ -34,6 +34,7 @@ void check_mask(const at::Tensor& mask, const at::Tensor& scores) {
 }  // namespace
 
 QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                      bool causal, std::optional<int64_t> window,
                                       const QuantizerArguments& of_scores,
                                       const QuantizerArguments& of_probabilities) {
   constexpr Where where{kOp};
@@ -44,16 +45,20 @@ QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTe
   TORCH_CHECK(scores.sym_size(3) <= std::numeric_limits<int>::max(), where,
               ": scores must have less than 2^31 keys, got ", scores.sym_size(3));
   if (mask.has_value()) check_mask(*mask, scores);
+  TORCH_CHECK(!window.has_value() || (causal && *window >= 1), where,
+              ": window must be at least 1, with causal, got ", *window,
+              causal ? "" : " without causal");
   return check_quantizers(kOp, "scores", scores, "scores' ", of_scores, "probabilities' ",
                           of_probabilities);
 }
 
 QuantizerPair check_quantized_softmax_backward(const at::Tensor& grad, const at::Tensor& scores,
-                                               const OptionalTensor& mask,
+                                               const OptionalTensor& mask, bool causal,
+                                               std::optional<int64_t> window,
                                                const QuantizerArguments& of_scores,
                                                const QuantizerArguments& of_probabilities) {
   check_grad({kOp}, "scores", grad, scores);
-  return check_quantized_softmax(scores, mask, of_scores, of_probabilities);
+  return check_quantized_softmax(scores, mask, causal, window, of_scores, of_probabilities);
 }
 
 double hiding_value(at::ScalarType mask) {
@@ -64,8 +69,9 @@ double hiding_value(at::ScalarType mask) {
   return value;
 }
 
-MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal)
-    : causal_(causal) {
+MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal,
+                       std::optional<int64_t> window)
+    : causal_(causal), window_(window.value_or(0)) {
   if (!mask.has_value()) return;
   tensor_ = *mask;
   if (tensor_.scalar_type() != at::kBool) {
@@ -77,8 +83,10 @@ MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, boo
 
 at::Tensor quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask, bool causal,
                              const RangeArguments& scores_range,
-                             const RangeArguments& probabilities_range) {
-  return std::get<0>(quantized_softmax_op(scores, mask, causal, by_position(kOp, scores_range),
+                             const RangeArguments& probabilities_range,
+                             std::optional<int64_t> window) {
+  return std::get<0>(quantized_softmax_op(scores, mask, causal, window,
+                                          by_position(kOp, scores_range),
                                           by_position(kOp, probabilities_range)));
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "asymq/detail/softmax.h"
@@ -15,10 +16,10 @@ namespace asymq {
 
 /// Probabilities, and of each row the largest masked score and the sum of exponentials.
 inline constexpr Op<"asymq::_quantized_softmax",
-                    std::tuple<at::Tensor, at::Tensor>(const at::Tensor& scores,
-                                                       const OptionalTensor& mask, bool causal,
-                                                       const QuantizerArguments& of_scores,
-                                                       const QuantizerArguments& of_probabilities)>
+                    std::tuple<at::Tensor, at::Tensor>(
+                        const at::Tensor& scores, const OptionalTensor& mask, bool causal,
+                        std::optional<int64_t> window, const QuantizerArguments& of_scores,
+                        const QuantizerArguments& of_probabilities)>
     quantized_softmax_op;
 
 /// dL/dscores, then the gradients of first and second of the scores' and the probabilities' range.
@@ -26,18 +27,20 @@ inline constexpr Op<"asymq::_quantized_softmax_backward",
                     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
                         const at::Tensor& grad, const at::Tensor& scores,
                         const at::Tensor& statistics, const OptionalTensor& mask, bool causal,
-                        const QuantizerArguments& of_scores,
+                        std::optional<int64_t> window, const QuantizerArguments& of_scores,
                         const QuantizerArguments& of_probabilities, std::array<bool, 5> needs)>
     quantized_softmax_backward_op;
 
 /// Sizes may be symbolic.
 QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
+                                      bool causal, std::optional<int64_t> window,
                                       const QuantizerArguments& of_scores,
                                       const QuantizerArguments& of_probabilities);
 
 /// The same, and of the upstream gradient.
 QuantizerPair check_quantized_softmax_backward(const at::Tensor& grad, const at::Tensor& scores,
-                                               const OptionalTensor& mask,
+                                               const OptionalTensor& mask, bool causal,
+                                               std::optional<int64_t> window,
                                                const QuantizerArguments& of_scores,
                                                const QuantizerArguments& of_probabilities);
 
@@ -48,12 +51,13 @@ double hiding_value(at::ScalarType mask);
 /// A checked mask, laid over the scores and kept alive beside its data pointer.
 class MaskTensor {
  public:
-  MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal);
+  MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal,
+             std::optional<int64_t> window);
 
   /// T: the compute type of the scores.
   template <class T>
   detail::AttentionMask<T> view() const {
-    detail::AttentionMask<T> result{causal_, nullptr, nullptr, static_cast<T>(hides_), {}};
+    detail::AttentionMask<T> result{causal_, window_, nullptr, nullptr, static_cast<T>(hides_), {}};
     if (!tensor_.defined()) return result;
     std::copy_n(tensor_.strides().begin(), 4, result.strides);
     if (tensor_.scalar_type() == at::kBool) {
@@ -68,6 +72,7 @@ class MaskTensor {
   at::Tensor tensor_;
   double hides_ = 0;
   bool causal_;
+  int64_t window_;
 };
 
 }  // namespace asymq

@@ -68,7 +68,7 @@ TORCH_LIBRARY(asymq, m) {
       "bool full_range=False) -> Tensor");
 
   define("quantized_softmax(Tensor scores, Tensor? mask, bool causal, " + range_schema("scores_") +
-         ", " + range_schema("probabilities_") + ") -> Tensor");
+         ", " + range_schema("probabilities_") + ", int? window=None) -> Tensor");
   define("quantized_gelu(Tensor x, " + range_schema("input_") + ", " + range_schema("output_") +
          ") -> Tensor");
   define("quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, " +
@@ -84,12 +84,12 @@ TORCH_LIBRARY(asymq, m) {
   define("_fake_quantize_dynamic_backward(Tensor grad, Tensor x, " + live_quantizer_schema() +
          ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
   // statistics: of each row the largest masked score and the sum of exponentials.
-  define("_quantized_softmax(Tensor scores, Tensor? mask, bool causal, " +
+  define("_quantized_softmax(Tensor scores, Tensor? mask, bool causal, int? window, " +
          quantizer_schema("scores_") + ", " + quantizer_schema("probabilities_") +
          ") -> (Tensor probabilities, Tensor statistics)");
   define(
       "_quantized_softmax_backward(Tensor grad, Tensor scores, Tensor statistics, Tensor? mask, "
-      "bool causal, " +
+      "bool causal, int? window, " +
       quantizer_schema("scores_") + ", " + quantizer_schema("probabilities_") +
       ", bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   define("_quantized_gelu(Tensor x, " + quantizer_schema("input_") + ", " +

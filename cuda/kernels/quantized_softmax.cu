@@ -1,5 +1,6 @@
 // Quantized softmax, forward and backward: one pass each. A warp takes a row, keeps what it can of
-// it in registers and computes the rest again; keys past a causal row's end are never read.
+// it in registers and computes the rest again; keys that causality or a window hides are never
+// read, but for the rest of a vector.
 //
 // For a hidden key, too, everything is computed, and 0 then selected in its place: a branch per
 // element would make the elements of a vector wait for each other.
@@ -46,7 +47,8 @@ struct DivideByDoubleSum {
 __device__ __forceinline__ DivideBySum divider(float sum) { return DivideBySum(sum); }
 __device__ __forceinline__ DivideByDoubleSum divider(double sum) { return {sum}; }
 
-/// A lane's share of one row of scores: vectors lane, lane + 32, ... of kCount elements. kMasked:
+/// A lane's share of one row of scores: vectors lane, lane + 32, ... of kCount elements, from the
+/// first that is seen on. kMasked:
 /// there may be a mask beside the causal one.
 template <int kCount, bool kMasked, class S, class G>
 struct RowOfScores {
@@ -68,17 +70,20 @@ struct RowOfScores {
   __device__ RowOfScores(const SoftmaxOperands<S, P>& op, int64_t index, const G& grid)
       : scores(op.scores + index * op.shape.keys), mask(op.mask.row(op.shape, index)), grid(grid) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) kept_seen |= seen(i * kWarp + lane()) << (i * kCount);
+    for (int i = 0; i < kKept; ++i)
+      kept_seen |= seen(first_vector() + i * kWarp + lane()) << (i * kCount);
   }
 
   __device__ int lane() const { return threadIdx.x % kWarp; }
-  /// Vectors of which any key may be seen.
+  /// Vectors from the first to seen_vectors() - 1 have keys that may be seen.
+  __device__ int first_vector() const { return mask.begin / kCount; }
   __device__ int seen_vectors() const { return (mask.end + kCount - 1) / kCount; }
 
   /// Which keys of a vector are seen: bit i is that of element i.
   __device__ unsigned seen(int vector) const {
     const int before_end = mask.end - vector * kCount;
     unsigned bits = before_end >= kCount ? kAll : before_end <= 0 ? 0 : (1u << before_end) - 1;
+    if (vector == first_vector()) bits &= kAll << mask.begin % kCount;
     if constexpr (kMasked) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -123,23 +128,28 @@ struct RowOfScores {
   /// visit_rest(vector, seen) for those that are not kept. All lanes of a warp step together.
   template <class Visit, class VisitRest>
   __device__ void for_each(const Visit& visit, const VisitRest& visit_rest) const {
-    const int vectors = seen_vectors();
+    const int first = first_vector(), vectors = seen_vectors();
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (i * kWarp < vectors) visit(i, i * kWarp + lane(), kept_seen >> (i * kCount) & kAll);
+      if (first + i * kWarp < vectors)
+        visit(i, first + i * kWarp + lane(), kept_seen >> (i * kCount) & kAll);
     }
-    for (int vector = kKept * kWarp + lane(); vector < vectors; vector += kWarp) {
+    for (int vector = first + kKept * kWarp + lane(); vector < vectors; vector += kWarp) {
       visit_rest(vector, seen(vector));
     }
   }
 };
 
-/// Zeros from a vector of a row on, each of the warp's lanes some.
-template <int kCount, class S>
-__device__ __forceinline__ void store_zeros(S* row, int vector, int64_t keys) {
-  for (vector += threadIdx.x % kWarp; vector < keys / kCount; vector += kWarp) {
-    store_vector(row + int64_t{vector} * kCount, Vector<S, kCount>{});
-  }
+/// Zeros in the vectors of a row of which no key is seen, each of the warp's lanes some.
+template <int kCount, class S, class Row>
+__device__ __forceinline__ void store_zeros(S* to, const Row& row, int64_t keys) {
+  const auto store = [&](int first, int64_t last) {
+    for (int vector = first + row.lane(); vector < last; vector += kWarp) {
+      store_vector(to + int64_t{vector} * kCount, Vector<S, kCount>{});
+    }
+  };
+  store(0, row.first_vector());
+  store(row.seen_vectors(), keys / kCount);
 }
 
 template <int kCount, bool kMasked, class S, class P, class G>
@@ -218,7 +228,7 @@ __device__ __forceinline__ void forward_row(const SoftmaxOperands<S, P>& op, int
                  for (int j = 0; j < kCount; ++j) values[j] = exp(values[j] - subtracted);
                  store(vector, seen, values);
                });
-  store_zeros<kCount>(out, row.seen_vectors(), keys);
+  store_zeros<kCount>(out, row, keys);
 }
 
 template <int kCount, bool kMasked, class S, class P, class G>
@@ -316,7 +326,7 @@ __device__ __forceinline__ void backward_row(const SoftmaxOperands<S, P>& op, in
         add(sums.before, of_vector);
       });
   add(sums.before, partial);
-  if (dscores != nullptr) store_zeros<kCount>(dscores + index * keys, row.seen_vectors(), keys);
+  if (dscores != nullptr) store_zeros<kCount>(dscores + index * keys, row, keys);
 }
 
 /// The rows of this thread's warp: calls body(row).

@@ -268,6 +268,7 @@ def quantized_softmax(
     probabilities_range: RangeArguments,
     *,
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Attention's quantized probabilities in one kernel each way: fake-quantizes the scores, masks
     them, takes the softmax over the keys, fake-quantizes it, and gives hidden keys 0 (a range whose
@@ -277,14 +278,14 @@ def quantized_softmax(
     scores), rounded to the scores' dtype once, at the end. mask: bool (True: the query sees the
     key) or floating (added to the quantized scores; -1e4 and less, as its dtype has it, hides the
     key, and what is above, such as ALiBi's biases, makes scores), broadcast against the scores,
-    without gradient. causal: query q sees keys up to q + keys - queries, in addition to the mask. A
-    query that sees no key has the probability 0 for all, and no gradient. Dense in memory, whatever
-    the scores' strides.
+    without gradient. causal: query q sees keys up to q + keys - queries, in addition to the mask;
+    with a window, of those the last `window` alone (sliding attention). A query that sees no key
+    has the probability 0 for all, and no gradient. Dense in memory, whatever the scores' strides.
 
     Differentiable with respect to scores and learned parameters, straight-through at both
     quantizers; saves the scores and two numbers per row.
     """
-    return _quantized_softmax(scores, mask, causal, *scores_range, *probabilities_range)
+    return _quantized_softmax(scores, mask, causal, *scores_range, *probabilities_range, window)
 
 
 def quantized_gelu(x: Tensor, input_range: RangeArguments, output_range: RangeArguments) -> Tensor:

@@ -62,6 +62,14 @@ TEST_P(SoftmaxTest, EqualsTheComposition) {
   }
 }
 
+TEST_P(SoftmaxTest, WindowHidesWhatAMaskWould) {
+  const Tensor seen =
+      at::ones({6, 40}, at::TensorOptions(device()).dtype(at::kBool)).tril(34).triu(31);
+  const RangeArguments before{"min_max", {min, max}, 8}, after{"min_max", {zero, one}, 8};
+  const Tensor got = asymq::quantized_softmax(scores, std::nullopt, true, before, after, 4);
+  EXPECT_TRUE(got.equal(asymq::quantized_softmax(scores, seen, false, before, after)));
+}
+
 TEST_P(SoftmaxTest, Errors) {
   const auto expect = [&](const Tensor& scores, const std::optional<Tensor>& mask,
                           const RangeArguments& range, std::vector<std::string> parts) {

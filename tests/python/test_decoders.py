@@ -23,9 +23,11 @@ from tiny_models import (
     transformers,
 )
 from torch import nn
+from transformers import masking_utils
 
 import asymq
 from asymq import PerChannel, PerGroup, QuantConfig, QuantSpec
+from asymq.layers import attention
 from asymq.models.decoder import gated_mlp_of, layer_of
 from asymq.models.steps import read
 from asymq.quantizers import named_quantizers
@@ -167,6 +169,36 @@ def test_a_token_sees_what_it_may(family, calibrated):
     if family == "mistral":  # both layers see 4 tokens
         assert_bit_equal(after[:, position + 7 :], before[:, position + 7 :])
     assert not torch.equal(after[:, position + 5], before[:, position + 5])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_the_causal_mask_is_no_tensor(family, calibrated, monkeypatch):
+    """With a window or without, unless something is hidden besides; the logits are a mask's."""
+    model, masks = calibrated(family), []
+    make = attention.sdpa_mask
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *a, **k: masks.append(k) or make(*a, **k))
+    found = logits(model, tokens())
+    assert not masks
+    padding = torch.ones_like(tokens())
+    padding[0, :2] = 0
+    logits(model, tokens(), attention_mask=padding)
+    assert masks
+    monkeypatch.setattr(attention, "_is_causal", lambda *_: False)
+    torch.testing.assert_close(found, logits(model, tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_hides_besides_the_causal_mask_is_a_tensor(window):
+    plain = masking_utils.causal_mask_function
+    if window is not None:
+        plain = masking_utils.sliding_window_causal_mask_function(window)
+    other = masking_utils.and_masks(plain, lambda *i: i[-1] % 2 == 0)
+    chunks = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int))
+    sizes = {"batch_size": 1, "q_length": 6, "kv_length": 6, "local_size": window}
+    assert attention.attention_mask(mask_function=plain, **sizes) is None
+    for function in (other, chunks, masking_utils.sliding_window_causal_mask_function(3)):
+        mask = attention.attention_mask(mask_function=function, **sizes)
+        assert mask.shape == (1, 1, 6, 6) and not mask.equal(torch.ones(6, 6).tril().bool())
 
 
 @pytest.mark.parametrize("family", DECODERS)

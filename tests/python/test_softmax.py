@@ -33,7 +33,8 @@ from asymq.ops import quantized_softmax
 
 SCORES = (-6.0, 5.0)
 PROBABILITIES = (0.0, 0.75)  # narrower than what comes out, so that some is clipped
-MASKS = ("none", "causal", "bool", "added", "causal and bool")
+WINDOW = 5
+MASKS = ("none", "causal", "bool", "added", "causal and bool", "causal window")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ CASES = [
     *(Case(shape=(1, 2, 3, keys), mask="causal") for keys in (1, 3, 31, 128, 1000, 1024)),
     # Longer than what a warp keeps in registers, with and without 16-byte accesses.
     *(Case(shape=(1, 1, 4, keys), mask=m) for keys in (1028, 1501) for m in ("causal", "bool")),
+    *(Case(shape=(1, 1, 64, keys), mask="causal window") for keys in (64, 1092)),
+    Case(shape=(1, 2, 9, 4), mask="causal window and bool"),
     Case(shape=(1, 1, 9, 4), mask="causal"),  # queries that see no key
     *(
         Case(dtype=dtype, mask=mask, shape=(2, 2, 9, 40))
@@ -100,7 +103,11 @@ def inputs(case: Case, device):
         quantizer(case.scores, *SCORES, case.range_dtype, device),
         quantizer(case.probabilities, *PROBABILITIES, case.range_dtype, device),
     )
-    return scores, make_mask(case, device), ranges, "causal" in case.mask
+    sight = {
+        "causal": "causal" in case.mask,
+        "window": WINDOW if "window" in case.mask else None,
+    }
+    return scores, make_mask(case, device), ranges, sight
 
 
 def hides(mask: Tensor) -> Tensor:
@@ -108,20 +115,24 @@ def hides(mask: Tensor) -> Tensor:
     return mask <= torch.tensor(-1e4, dtype=mask.dtype, device=mask.device)
 
 
-def seen_keys(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def seen_keys(
+    scores: Tensor, mask: Tensor | None, causal: bool, window: int | None = None
+) -> Tensor:
     queries, keys = scores.shape[-2:]
     seen = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if causal:
         seen = seen & seen[0, 0].tril(keys - queries)
+    if window is not None:
+        seen = seen & seen.triu(keys - queries - window + 1)
     if mask is not None:
         seen = seen & (mask if mask.dtype == torch.bool else ~hides(mask))
     return seen
 
 
-def compose(case: Case, scores: Tensor, mask: Tensor | None, ranges, causal: bool):
+def compose(case: Case, scores: Tensor, mask: Tensor | None, ranges, sight):
     """Of our own operators, in the scores' dtype: (quantized probabilities, those before, quantized
     scores)."""
-    seen = seen_keys(scores, mask, causal)
+    seen = seen_keys(scores, mask, **sight)
     quantized = masked = fake_quantize(scores, case.scores, ranges[0])
     if mask is not None and mask.dtype != torch.bool:
         masked = masked + mask
@@ -146,11 +157,11 @@ def widened(mask: Tensor | None) -> Tensor | None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_probabilities(case, device):
-    scores, mask, ranges, causal = inputs(case, device)
-    actual = quantized_softmax(scores, mask, *ranges, causal=causal)
+    scores, mask, ranges, sight = inputs(case, device)
+    actual = quantized_softmax(scores, mask, *ranges, **sight)
     assert actual.dtype == case.dtype and actual.is_contiguous()
     wide_scores = scores.detach().to(wide(case.dtype))
-    expected, raw, _ = compose(case, wide_scores, widened(mask), ranges, causal)
+    expected, raw, _ = compose(case, wide_scores, widened(mask), ranges, sight)
     scale = scale_of(ranges[1])
     if case.dtype in (torch.float32, torch.float64):
         quotient = raw.double() / scale.double()
@@ -161,25 +172,23 @@ def test_probabilities(case, device):
         flips = (actual != expected).sum().item()
         assert flips <= max(1, actual.numel() // 1000)
         assert (actual.float() - expected.float()).abs().max() <= 1.01 * scale.item()
-    assert (actual[~seen_keys(scores, mask, causal)] == 0).all()
+    assert (actual[~seen_keys(scores, mask, **sight)] == 0).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(case, device):
-    scores, mask, ranges, causal = inputs(case, device)
+    scores, mask, ranges, sight = inputs(case, device)
     grad = torch.randn(case.shape, device=device).to(case.dtype)
     leaves = [scores, *learned(case, ranges)]
-    actual = torch.autograd.grad(
-        quantized_softmax(scores, mask, *ranges, causal=causal), leaves, grad
-    )
+    actual = torch.autograd.grad(quantized_softmax(scores, mask, *ranges, **sight), leaves, grad)
     wide_scores = scores.to(wide(case.dtype))
-    probabilities, _, quantized = compose(case, wide_scores, widened(mask), ranges, causal)
+    probabilities, _, quantized = compose(case, wide_scores, widened(mask), ranges, sight)
     *expected, upstream = torch.autograd.grad(
         probabilities, [*leaves, quantized], grad.to(wide(case.dtype))
     )
     half = case.dtype in (torch.bfloat16, torch.float16)
     close(actual[0], expected[0], 1e-2 if half else 1e-5)
-    terms = [upstream.abs().sum(), grad.abs()[seen_keys(scores, mask, causal)].float().sum()]
+    terms = [upstream.abs().sum(), grad.abs()[seen_keys(scores, mask, **sight)].float().sum()]
     lengths = [len(PARAMETERIZATIONS[name].learned) for name in (case.scores, case.probabilities)]
     of_terms = [term for term, n in zip(terms, lengths, strict=True) for _ in range(n)]
     for a, e, total in zip(actual[1:], expected[1:], of_terms, strict=True):
@@ -189,17 +198,18 @@ def test_gradients(case, device):
 def test_statistics(device):
     """What the backward computes probabilities from, against float64."""
     case = Case(shape=(2, 2, 30, 300), mask="causal")
-    scores, mask, ranges, causal = inputs(case, device)
+    scores, mask, ranges, sight = inputs(case, device)
     with torch.no_grad():
         _, statistics = torch.ops.asymq._quantized_softmax(
             scores=scores,
             mask=None,
             causal=True,
+            window=None,
             **named(case.scores, ranges[0], "scores_"),
             **named(case.probabilities, ranges[1], "probabilities_"),
         )
         quantized = fake_quantize(scores, case.scores, ranges[0])
-    quantized = quantized.masked_fill(~seen_keys(scores, mask, causal), -torch.inf)
+    quantized = quantized.masked_fill(~seen_keys(scores, mask, **sight), -torch.inf)
     largest = quantized.amax(-1)
     assert_bit_equal(statistics[..., 0], largest)
     total = (quantized - largest[..., None]).double().exp().sum(-1)
@@ -273,11 +283,25 @@ def test_nan_is_hidden_by_the_mask_alone(device):
         assert bool(gradients[1].isfinite().all()) == finite
 
 
+@pytest.mark.parametrize("window", [1, 7, 1030, 5000])
+def test_window(window, device):
+    """The same as a mask, also where a row holds more than a warp keeps; wide ones hide nothing."""
+    scores, _, ranges, _ = inputs(Case(shape=(1, 2, 1100, 1100)), device)
+    seen = seen_keys(scores[:, :1].detach(), None, True, window)
+    results = []
+    for mask, sight in ((seen, {}), (None, {"causal": True, "window": window})):
+        out = quantized_softmax(scores, mask, *ranges, **sight)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [scores])))
+    for a, b in zip(*results, strict=True):
+        assert (a[~seen.expand_as(a)] == 0).all()
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7) or (a != b).float().mean() < 1e-4
+
+
 def test_empty(device):
     for shape in ((0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)):
         case = Case(shape=shape)
-        scores, mask, ranges, causal = inputs(case, device)
-        out = quantized_softmax(scores, mask, *ranges, causal=causal)
+        scores, mask, ranges, sight = inputs(case, device)
+        out = quantized_softmax(scores, mask, *ranges, **sight)
         assert out.shape == shape
         leaves = learned(case, ranges)
         assert all(g == 0 for g in torch.autograd.grad(out.sum(), leaves))
@@ -287,30 +311,28 @@ def test_empty(device):
 def test_wanted_gradients_alone(wanted, device):
     """Any of scores, the scores' range and the probabilities' range may be frozen."""
     case = Case(mask="causal")
-    scores, mask, ranges, causal = inputs(case, device)
+    scores, mask, ranges, sight = inputs(case, device)
     groups = ([scores], ranges[0].parameters, ranges[1].parameters[:2])
     assert_wanted_gradients_alone(
-        lambda: quantized_softmax(scores, mask, *ranges, causal=causal), groups, wanted
+        lambda: quantized_softmax(scores, mask, *ranges, **sight), groups, wanted
     )
 
 
 def test_repeatable(device):
     case = Case(shape=(2, 4, 64, 96), mask="causal")
-    scores, mask, ranges, causal = inputs(case, device)
+    scores, mask, ranges, sight = inputs(case, device)
     assert_repeatable(
-        lambda: quantized_softmax(scores, mask, *ranges, causal=causal),
+        lambda: quantized_softmax(scores, mask, *ranges, **sight),
         [scores, *learned(case, ranges)],
     )
 
 
 def test_expanded_gradient(device):
     """sum() delivers one number for all elements."""
-    scores, mask, ranges, causal = inputs(Case(mask="causal"), device)
-    (actual,) = torch.autograd.grad(
-        quantized_softmax(scores, mask, *ranges, causal=causal).sum(), scores
-    )
+    scores, mask, ranges, sight = inputs(Case(mask="causal"), device)
+    (actual,) = torch.autograd.grad(quantized_softmax(scores, mask, *ranges, **sight).sum(), scores)
     (expected,) = torch.autograd.grad(
-        quantized_softmax(scores, mask, *ranges, causal=causal), scores, torch.ones_like(scores)
+        quantized_softmax(scores, mask, *ranges, **sight), scores, torch.ones_like(scores)
     )
     assert_bit_equal(actual, expected)
 
@@ -318,11 +340,12 @@ def test_expanded_gradient(device):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mask, dtype, device):
-    scores, mask, ranges, causal = inputs(Case(mask=mask, dtype=dtype), device)
-    public = (scores, mask, causal, *flat(ranges[0]), *flat(ranges[1]))
+    scores, mask, ranges, sight = inputs(Case(mask=mask, dtype=dtype), device)
+    ranges_flat = (*flat(ranges[0]), *flat(ranges[1]))
+    public = (scores, mask, sight["causal"], *ranges_flat, sight["window"])
     torch.library.opcheck(torch.ops.asymq.quantized_softmax.default, public)
     opcheck_private(
-        lambda: quantized_softmax(scores, mask, *ranges, causal=causal),
+        lambda: quantized_softmax(scores, mask, *ranges, **sight),
         ["_quantized_softmax.default", "_quantized_softmax_backward.default"],
     )
 
@@ -331,9 +354,9 @@ def test_opcheck(mask, dtype, device):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend, dynamic, device):
     case = Case(mask="causal")
-    scores, mask, ranges, causal = inputs(case, device)
+    scores, mask, ranges, sight = inputs(case, device)
     assert_compiles(
-        lambda x: quantized_softmax(x, mask, *ranges, causal=causal).clone(),
+        lambda x: quantized_softmax(x, mask, *ranges, **sight).clone(),
         [scores, *learned(case, ranges)],
         backend,
         dynamic,
@@ -341,15 +364,15 @@ def test_compile(backend, dynamic, device):
 
 
 def test_second_derivative_raises(device):
-    scores, mask, ranges, causal = inputs(Case(), device)
-    out = quantized_softmax(scores, mask, *ranges, causal=causal)
+    scores, mask, ranges, sight = inputs(Case(), device)
+    out = quantized_softmax(scores, mask, *ranges, **sight)
     assert_no_second_derivative(out, scores, "_quantized_softmax_backward")
 
 
 def test_transforms_say_so(device):
-    scores, mask, ranges, causal = inputs(Case(), device)
+    scores, mask, ranges, sight = inputs(Case(), device)
     assert_transforms_say_so(
-        lambda x: quantized_softmax(x, mask, *ranges, causal=causal), scores, "quantized_softmax"
+        lambda x: quantized_softmax(x, mask, *ranges, **sight), scores, "quantized_softmax"
     )
 
 
@@ -429,6 +452,10 @@ def test_errors(device):
     for message, call in bad_calls(device):
         with pytest.raises(RuntimeError, match=message):
             quantized_softmax(*call)
+    scores, mask, ranges, _ = inputs(Case(), device)
+    for sight in ({"window": 3}, {"window": 0, "causal": True}):
+        with pytest.raises(RuntimeError, match="window must be at least 1, with causal, got"):
+            quantized_softmax(scores, mask, *ranges, **sight)
 
 
 @pytest.mark.gpu
@@ -436,10 +463,10 @@ def test_errors(device):
 @pytest.mark.parametrize("mask", MASKS)
 def test_cuda_agrees_with_cpu(mask):
     case = Case(shape=(2, 3, 40, 1100), mask=mask)
-    scores, mask, ranges, causal = inputs(case, torch.device("cpu"))
+    scores, mask, ranges, sight = inputs(case, torch.device("cpu"))
 
     def step(scores, mask, ranges):
-        out = quantized_softmax(scores, mask, *ranges, causal=causal)
+        out = quantized_softmax(scores, mask, *ranges, **sight)
         return out, *torch.autograd.grad(out.square().sum(), [scores, *learned(case, ranges)])
 
     on_gpu = [moved(r, "cuda") for r in ranges]

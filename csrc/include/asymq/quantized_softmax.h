@@ -21,14 +21,16 @@ namespace asymq {
 /// mask: bool (true: the query sees the key) or floating (added to the quantized scores), broadcast
 /// against the scores, without gradient. Of a floating one, -1e4 and less, as its dtype has it,
 /// hides the key; what is above, such as ALiBi's biases, makes scores.
-/// causal: query q sees keys up to q + keys - queries, in addition to the mask.
+/// causal: query q sees keys up to q + keys - queries, in addition to the mask; with a window, of
+/// those the last `window` alone (sliding attention).
 /// A query that sees no key has the probability 0 for all, and no gradient.
 ///
 /// The backward saves the scores and two numbers per row. Gradients are those of the composition:
 /// straight-through at both quantizers, for the scores and both ranges' learned parameters.
 at::Tensor quantized_softmax(const at::Tensor& scores, const std::optional<at::Tensor>& mask,
                              bool causal, const RangeArguments& scores_range,
-                             const RangeArguments& probabilities_range);
+                             const RangeArguments& probabilities_range,
+                             std::optional<int64_t> window = std::nullopt);
 
 }  // namespace asymq
 

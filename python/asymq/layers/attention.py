@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from asymq import ops
@@ -130,9 +130,9 @@ def quantized_attention(
     query: [batch, heads, queries, width]. key, value: [batch, key heads, keys, width]; a key head
     serves heads / key heads consecutive ones. attention_mask: what `attention_mask` below makes,
     True where a query sees a key, or one that is added to the scores; broadcast against [batch,
-    heads, queries, keys]. None: the causal one, if the attention is causal and there are as many
-    keys as queries. softcap: scores become softcap * tanh(scores / softcap), position_bias is added
-    to them, before their quantizer.
+    heads, queries, keys]. None: the causal one, of sliding_window keys if that is given, where the
+    attention is causal and there are as many keys as queries. softcap: scores become softcap *
+    tanh(scores / softcap), position_bias is added to them, before their quantizer.
 
     Where the model has another implementation, which nothing here needs to be otherwise, that one
     does what lies between the values and the context, with its own mask; without probabilities
@@ -171,6 +171,7 @@ def _attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     for name in REFUSED:
@@ -195,12 +196,13 @@ def _attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
     causal = mask is None and scores.shape[-2] == scores.shape[-1] and bool(is_causal)
+    window = sliding_window if causal else None
     ranges = fused.ranges_of(before, after)
     if ranges is not None and not dropout and not torch.compiler.is_compiling():
-        probabilities = ops.quantized_softmax(scores, mask, *ranges, causal=causal)
-        context = _attend(probabilities, value, scores, mask, causal, *ranges)
+        probabilities = ops.quantized_softmax(scores, mask, *ranges, causal=causal, window=window)
+        context = _attend(probabilities, value, scores, mask, causal, window, *ranges)
     else:
-        probabilities = fused.softmax(scores, mask, causal, before, after)
+        probabilities = fused.softmax(scores, mask, causal, window, before, after)
         context = _matmul(nn.functional.dropout(probabilities, dropout), value)
     return context.transpose(1, 2), probabilities
 
@@ -221,12 +223,13 @@ def _attend(
     scores: Tensor,
     mask: Tensor | None,
     causal: bool,
+    window: int | None,
     before: ops.RangeArguments,
     after: ops.RangeArguments,
 ) -> Tensor:
     tensors = (*before.parameters, *after.parameters)
     ranges = before._replace(parameters=()), after._replace(parameters=()), len(before.parameters)
-    return _Attend.apply(probabilities, value, scores, mask, causal, ranges, *tensors)
+    return _Attend.apply(probabilities, value, scores, mask, causal, window, ranges, *tensors)
 
 
 class _Attend(torch.autograd.Function):
@@ -234,11 +237,11 @@ class _Attend(torch.autograd.Function):
     probabilities again for the backward: one tensor of [queries, keys] less per layer."""
 
     @staticmethod
-    def forward(ctx, probabilities, value, scores, mask, causal, ranges, *range_tensors):
+    def forward(ctx, probabilities, value, scores, mask, causal, window, ranges, *range_tensors):
         # Saved with their versions: ranges that change before the backward are an error, as in the
         # softmax's own backward.
         ctx.save_for_backward(value, scores, mask, *range_tensors)
-        ctx.causal, ctx.ranges = causal, ranges
+        ctx.causal, ctx.window, ctx.ranges = causal, window, ranges
         return _matmul(probabilities, value)
 
     @staticmethod
@@ -256,23 +259,41 @@ class _Attend(torch.autograd.Function):
                 before._replace(parameters=tuple(range_tensors[:first])),
                 after._replace(parameters=tuple(range_tensors[first:])),
                 causal=ctx.causal,
+                window=ctx.window,
             )
             # All rows of the heads that a key head serves.
             groups = *value.shape[:2], -1
             probabilities = probabilities.reshape(*groups, probabilities.shape[-1])
             grad_value = probabilities.transpose(-1, -2) @ grad.reshape(*groups, grad.shape[-1])
-        return grad_probabilities, grad_value, *[None] * (4 + len(range_tensors))
+        return grad_probabilities, grad_value, *[None] * (5 + len(range_tensors))
 
 
 def attention_mask(*args, **kwargs) -> Tensor | None:
-    """transformers' boolean mask; None for the plain causal one, which needs no tensor."""
+    """transformers' boolean mask; None for the causal one, with a sliding window or without, which
+    needs no tensor."""
     plain = (
         kwargs.get("attention_mask") is None
-        and kwargs.get("mask_function") is causal_mask_function
-        and kwargs.get("local_size") is None
+        and _is_causal(kwargs["mask_function"], kwargs.get("local_size"))
         and kwargs.get("q_length") == kwargs["kv_length"]
     )
     return None if plain else sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _is_causal(function: Callable, window: int | None) -> bool:
+    """Whether a mask function of transformers is the causal one, where there is a sliding window
+    with it, and nothing besides."""
+    if window is None:
+        return function is causal_mask_function
+    if torch.compiler.is_compiling():
+        return False  # dynamo reads no closures
+    # What and_masks makes of the two.
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    return (
+        len(parts) == 2
+        and parts[0].__code__ in sliding_window_overlay.__code__.co_consts
+        and inspect.getclosurevars(parts[0]).nonlocals["sliding_window"] == window
+        and parts[1] is causal_mask_function
+    )
 
 
 AttentionInterface.register(NAME, quantized_attention)

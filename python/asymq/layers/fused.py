@@ -47,6 +47,7 @@ def softmax(
     scores: Tensor,
     mask: Tensor | None,
     causal: bool,
+    window: int | None,
     before: Quantizer | None,
     after: Quantizer | None,
 ) -> Tensor:
@@ -55,18 +56,21 @@ def softmax(
 
     scores: [batch, heads, queries, keys]. mask: bool (True: the query sees the key) or added to the
     quantized scores (HIDES and less hides the key), broadcast against them. causal: query q sees
-    keys up to q + keys - queries. Of a row that sees no key the kernel gives 0, single operations
-    what `after` makes of the uniform distribution, as eager attention.
+    keys up to q + keys - queries, with a window of those the last `window` alone. Of a row that
+    sees no key the kernel gives 0, single operations what `after` makes of the uniform
+    distribution, as eager attention.
     """
     ranges = ranges_of(before, after)
     if ranges is not None:
-        return ops.quantized_softmax(scores, mask, *ranges, causal=causal)
+        return ops.quantized_softmax(scores, mask, *ranges, causal=causal, window=window)
     dtype, scores = scores.dtype, apply(before, scores)
     hidden = None
     if causal:
         queries, keys = scores.shape[-2:]
         ones = torch.ones(queries, keys, dtype=torch.bool, device=scores.device)
         hidden = ones.triu(1 + keys - queries)
+        if window is not None:
+            hidden = hidden | ones.tril(keys - queries - window)
     if mask is not None:
         if mask.dtype == torch.bool:
             unseen = ~mask

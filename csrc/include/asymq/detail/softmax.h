@@ -18,14 +18,14 @@ struct AttentionShape {
 /// The keys that one query sees.
 template <class T>
 struct MaskRow {
-  int end;              ///< it sees no key from this one on
-  const bool* visible;  ///< null: all before `end`
+  int begin, end;       ///< it sees keys from begin to end - 1 alone
+  const bool* visible;  ///< null: all of them
   const T* added;       ///< to the quantized scores; null: nothing
   int64_t stride;       ///< of either, from key to key
   T hides;
 
   ASYMQ_HOST_DEVICE bool sees(int key) const {
-    if (key >= end) return false;
+    if (key < begin || key >= end) return false;
     if (visible != nullptr) return visible[key * stride];
     return added == nullptr || !(added[key * stride] <= hides);
   }
@@ -40,6 +40,7 @@ struct MaskRow {
 template <class T>
 struct AttentionMask {
   bool causal;          ///< query q sees keys up to q + keys - queries alone
+  int64_t window;       ///< of those the last `window`; 0: all
   const bool* visible;  ///< whether a key is seen; null: it is
   const T* added;       ///< added to the quantized scores; null: nothing
   T hides;              ///< what is added hides the key at this value and below: -1e4 or close
@@ -49,13 +50,18 @@ struct AttentionMask {
     const int64_t query = index % shape.queries;
     const int64_t offset = index / shape.queries / shape.heads * strides[0] +
                            index / shape.queries % shape.heads * strides[1] + query * strides[2];
-    int64_t end = shape.keys;
+    int64_t begin = 0, end = shape.keys;
     if (causal) {
       end = query + shape.keys - shape.queries + 1;
       end = end < 0 ? 0 : end;
+      if (window > 0 && end > window) begin = end - window;
     }
-    return {static_cast<int>(end), visible == nullptr ? nullptr : visible + offset,
-            added == nullptr ? nullptr : added + offset, strides[3], hides};
+    return {static_cast<int>(begin),
+            static_cast<int>(end),
+            visible == nullptr ? nullptr : visible + offset,
+            added == nullptr ? nullptr : added + offset,
+            strides[3],
+            hides};
   }
 };
 
