@@ -4,8 +4,10 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -28,24 +30,28 @@ inline void save(torch::autograd::AutogradContext* ctx, torch::autograd::variabl
     ctx->saved_data[key + "_parameterization"] = quantizer.parameterization;
     ctx->saved_data[key + "_bits"] = quantizer.bits;
     ctx->saved_data[key + "_eps"] = quantizer.eps;
+    ctx->saved_data[key + "_token"] = quantizer.token;
+    ctx->saved_data[key + "_group"] = quantizer.group;
     tensors.insert(tensors.end(), quantizer.ranges.begin(), quantizer.ranges.end());
   }
   ctx->save_for_backward(std::move(tensors));
 }
 
-/// What `save` kept of a function whose arguments are x, the ranges of every quantizer, and others
-/// that get no gradient.
+/// What `save` kept of a function whose arguments are `inputs` tensors, the ranges of every
+/// quantizer, and others that get no gradient.
 class Saved {
  public:
-  explicit Saved(torch::autograd::AutogradContext* ctx)
-      : ctx_(ctx), tensors_(ctx->get_saved_variables()) {
+  explicit Saved(torch::autograd::AutogradContext* ctx, size_t inputs = 1)
+      : ctx_(ctx), inputs_(inputs), tensors_(ctx->get_saved_variables()) {
     size_t first = static_cast<size_t>(integer("tensors"));
     for (int64_t i = 0; i < integer("quantizers"); ++i) {
       const std::string key = std::to_string(i);
       const auto count = static_cast<size_t>(integer(key + "_ranges"));
       quantizers_.push_back({at::TensorList(tensors_).slice(first, count),
                              integer(key + "_parameterization"), integer(key + "_bits"),
-                             ctx_->saved_data.at(key + "_eps").toDouble()});
+                             ctx_->saved_data.at(key + "_eps").toDouble(),
+                             ctx_->saved_data.at(key + "_token").toBool(),
+                             ctx_->saved_data.at(key + "_group").toOptional<int64_t>()});
       first += count;
     }
   }
@@ -55,10 +61,11 @@ class Saved {
   const at::Tensor& tensor(size_t i) const { return tensors_[i]; }
   const QuantizerArguments& quantizer(size_t i) const { return quantizers_[i]; }
 
-  /// Which gradients are wanted: of x, then of first and second of every quantizer.
+  /// Which gradients are wanted: of the inputs, then of first and second of every quantizer.
   template <size_t kCount>
   std::array<bool, kCount> needs() const {
-    std::array<bool, kCount> needs{ctx_->needs_input_grad(0)};
+    std::array<bool, kCount> needs{};
+    for (size_t i = 0; i < inputs_; ++i) needs[i] = ctx_->needs_input_grad(i);
     for_each_learned([&](size_t gradient, size_t argument) {
       needs[gradient] = ctx_->needs_input_grad(argument);
     });
@@ -75,7 +82,7 @@ class Saved {
         },
         gradients);
     auto result = none();
-    result[0] = given[0];
+    std::copy_n(given.begin(), inputs_, result.begin());
     for_each_learned([&](size_t gradient, size_t argument) { result[argument] = given[gradient]; });
     return result;
   }
@@ -83,7 +90,7 @@ class Saved {
   /// No gradient at all.
   torch::autograd::variable_list none() const {
     // Undefined gradients past the last argument do no harm.
-    constexpr size_t kMostArguments = 16;
+    constexpr size_t kMostArguments = 32;
     return torch::autograd::variable_list(kMostArguments);
   }
 
@@ -93,28 +100,32 @@ class Saved {
   /// Calls visit(place among the gradients, place among the arguments) for what learns.
   template <class Visit>
   void for_each_learned(const Visit& visit) const {
-    size_t gradient = 1, argument = 1;
+    size_t gradient = inputs_, argument = inputs_;
     for (const QuantizerArguments& quantizer : quantizers_) {
-      visit(gradient, argument);
-      const bool two = traits_of(quantizer.parameterization).second[0] != '\0';
-      if (two) visit(gradient + 1, argument + 1);
+      if (quantizer.exists()) {
+        visit(gradient, argument);
+        const bool two = traits_of(quantizer.parameterization).second[0] != '\0';
+        if (two) visit(gradient + 1, argument + 1);
+      }
       gradient += 2;
       argument += quantizer.ranges.size();
     }
   }
 
   torch::autograd::AutogradContext* ctx_;
+  size_t inputs_;
   torch::autograd::variable_list tensors_;
   std::vector<QuantizerArguments> quantizers_;
 };
 
 /// Throws where the operator cannot be differentiated as it is called.
-inline void check_differentiable(const char* op,
-                                 std::initializer_list<CheckedQuantizer> quantizers) {
+inline void check_differentiable(
+    const char* op, std::initializer_list<std::optional<CheckedQuantizer>> quantizers) {
   check_transforms({op});
-  for (const CheckedQuantizer& quantizer : quantizers) {
-    const char* name = traits_of(quantizer.kind.parameterization).name;
-    check_constants({op, ": ", name}, quantizer.ranges.tensors());
+  for (const auto& quantizer : quantizers) {
+    if (!quantizer.has_value()) continue;
+    const char* name = traits_of(quantizer->kind.parameterization).name;
+    check_constants({op, ": ", name}, quantizer->ranges.tensors());
   }
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "asymq/detail/layout.h"
+#include "ops/fake_quantize_dynamic.h"
 
 namespace asymq {
 
@@ -97,6 +98,8 @@ CheckedQuantizer check_quantizer(const char* op, const char* whose, const char* 
                                  const at::Tensor& x, const QuantizerArguments& quantizer) {
   const Traits& traits = traits_of(quantizer.parameterization);
   const Where where{op, ": ", whose, traits.name};
+  TORCH_CHECK(!quantizer.token, where,
+              ": takes one range, not one of each token, which fake_quantize_dynamic_* have");
   ListedRanges ranges(op, traits, quantizer.ranges);
   check_bits(where, quantizer.bits);
   check_positive(where, "eps", quantizer.eps);
@@ -107,6 +110,20 @@ CheckedQuantizer check_quantizer(const char* op, const char* whose, const char* 
               " must be on the device of ", name, ", ", x.device(), ", got ",
               ranges.first.device());
   return {make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps), std::move(ranges)};
+}
+
+std::optional<CheckedQuantizer> check_any_quantizer(const char* op, const char* whose,
+                                                    const char* name, const at::Tensor& x,
+                                                    const QuantizerArguments& quantizer) {
+  if (!quantizer.exists()) return std::nullopt;
+  if (!quantizer.token) return check_quantizer(op, whose, name, x, quantizer);
+  const Traits& traits = traits_of(quantizer.parameterization);
+  ListedRanges ranges(op, traits, quantizer.ranges, /*token=*/true);
+  const QuantizerKind kind = check_live({op, ": ", whose, traits.name}, x,
+                                        {ranges.first, ranges.second, quantizer.group,
+                                         quantizer.parameterization, quantizer.bits, quantizer.eps,
+                                         /*token=*/true});
+  return CheckedQuantizer{kind, ranges, true, quantizer.group};
 }
 
 QuantizerPair check_quantizers(const char* op, const char* name, const at::Tensor& x,

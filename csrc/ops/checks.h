@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <ostream>
 
 #include "ops/quantizer.h"
@@ -64,6 +65,12 @@ void check_grad(const Where& where, const char* name, const at::Tensor& grad, co
 /// as "input's ".
 CheckedQuantizer check_quantizer(const char* op, const char* whose, const char* name,
                                  const at::Tensor& x, const QuantizerArguments& quantizer);
+
+/// The same of any quantizer: with one range, with one of each token, or none. Sizes of x's last
+/// axis are those of the tensor that it quantizes.
+std::optional<CheckedQuantizer> check_any_quantizer(const char* op, const char* whose,
+                                                    const char* name, const at::Tensor& x,
+                                                    const QuantizerArguments& quantizer);
 
 /// A quantizer before and one after another function of the argument `name`.
 QuantizerPair check_quantizers(const char* op, const char* name, const at::Tensor& x,

@@ -10,10 +10,12 @@ namespace {
 
 constexpr const char* kOp = "effective_scale_offset";
 
-std::vector<at::Tensor> as_list(const RangeArguments& range) {
+std::vector<at::Tensor> as_list(std::string_view parameterization, at::TensorList parameters,
+                                int64_t bits, bool symmetric, bool sigmoid, double eps,
+                                bool full_range) {
   const auto [scale, offset] =
-      effective_scale_offset(range.parameterization, range.parameters, range.bits, range.symmetric,
-                             range.sigmoid, range.eps, range.full_range);
+      effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps,
+                             full_range);
   return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
                             : std::vector<at::Tensor>{scale};
 }
@@ -42,7 +44,7 @@ std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view p
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
-  m.impl("effective_scale_offset", flat<as_list>);
+  m.impl("effective_scale_offset", as_list);
 }
 
 }  // namespace asymq

@@ -65,8 +65,11 @@ at::Tensor fake_quantize_live(const at::Tensor& x, const at::Tensor& first,
 }  // namespace
 
 QuantizerKind check_fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quantizer) {
+  return check_live(where(traits_of(quantizer.parameterization)), x, quantizer);
+}
+
+QuantizerKind check_live(const Where& at, const at::Tensor& x, const LiveQuantizer& quantizer) {
   const Traits& traits = traits_of(quantizer.parameterization);
-  const Where at = where(traits);
   TORCH_CHECK(std::string_view(traits.family) == "beta_gamma", at,
               ": a live range needs factors, those of beta_gamma or symmetric_gamma");
   check_bits(at, quantizer.bits);

@@ -63,6 +63,9 @@ inline constexpr Op<"asymq::_fake_quantize_dynamic_backward",
 /// Returns what make_kind makes of a token's or a weight's quantizer.
 QuantizerKind check_fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quantizer);
 
+/// The same, of the quantizer that errors call `at`.
+QuantizerKind check_live(const Where& at, const at::Tensor& x, const LiveQuantizer& quantizer);
+
 /// The same, and of the upstream gradient.
 QuantizerKind check_fake_quantize_dynamic_backward(const at::Tensor& grad, const at::Tensor& x,
                                                    const LiveQuantizer& quantizer);

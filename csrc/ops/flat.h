@@ -52,39 +52,59 @@ inline std::string granular_quantizer_schema() {
 
 template <>
 struct Flat<const QuantizerArguments&> {
-  using Types = std::tuple<at::TensorList, int64_t, int64_t, double>;
+  using Types =
+      std::tuple<at::TensorList, int64_t, int64_t, double, bool, std::optional<int64_t>>;
   static Types write(const QuantizerArguments& q) {
-    return {q.ranges, q.parameterization, q.bits, q.eps};
+    return {q.ranges, q.parameterization, q.bits, q.eps, q.token, q.group};
   }
   static QuantizerArguments read(at::TensorList ranges, int64_t parameterization, int64_t bits,
-                                 double eps) {
-    return {ranges, parameterization, bits, eps};
+                                 double eps, bool token, std::optional<int64_t> group) {
+    return {ranges, parameterization, bits, eps, token, group};
   }
 };
 
 /// whose: what its arguments' names start with.
 inline std::string quantizer_schema(const std::string& whose = "") {
   return "Tensor[] " + whose + "ranges, int " + whose + "parameterization, int " + whose +
-         "bits, float " + whose + "eps";
+         "bits, float " + whose + "eps, bool " + whose + "token, int? " + whose + "group";
 }
 
 template <>
 struct Flat<const RangeArguments&> {
-  using Types = std::tuple<std::string_view, at::TensorList, int64_t, bool, bool, double, bool>;
+  using Types = std::tuple<std::string_view, at::TensorList, int64_t, bool, bool, double, bool,
+                           bool, std::optional<int64_t>>;
   static Types write(const RangeArguments& r) {
-    return {r.parameterization, r.parameters, r.bits, r.symmetric, r.sigmoid, r.eps, r.full_range};
+    return {r.parameterization, r.parameters, r.bits,  r.symmetric, r.sigmoid, r.eps,
+            r.full_range,       r.token,      r.group};
   }
   static RangeArguments read(std::string_view parameterization, at::TensorList parameters,
                              int64_t bits, bool symmetric, bool sigmoid, double eps,
-                             bool full_range) {
-    return {parameterization, parameters, bits, symmetric, sigmoid, eps, full_range};
+                             bool full_range, bool token, std::optional<int64_t> group) {
+    return {parameterization, parameters, bits,  symmetric, sigmoid, eps,
+            full_range,       token,      group};
+  }
+};
+
+/// No range: the parameterization "none".
+template <>
+struct Flat<const std::optional<RangeArguments>&> {
+  using Range = Flat<const RangeArguments&>;
+  using Types = Range::Types;
+  static Types write(const std::optional<RangeArguments>& range) {
+    return Range::write(range.value_or(RangeArguments{"none", {}, 8}));
+  }
+  template <class... Parts>
+  static std::optional<RangeArguments> read(std::string_view parameterization,
+                                            const Parts&... parts) {
+    if (parameterization == "none") return std::nullopt;
+    return Range::read(parameterization, parts...);
   }
 };
 
 inline std::string range_schema(const std::string& whose = "") {
   return "str " + whose + "parameterization, Tensor[] " + whose + "parameters, int " + whose +
          "bits, bool " + whose + "symmetric, bool " + whose + "sigmoid, float " + whose +
-         "eps, bool " + whose + "full_range";
+         "eps, bool " + whose + "full_range, bool " + whose + "token, int? " + whose + "group";
 }
 
 namespace detail {

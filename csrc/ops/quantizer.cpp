@@ -31,10 +31,15 @@ QuantizerArguments by_position(const char* op, const RangeArguments& range) {
   return {range.parameters,
           find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid,
                                 range.full_range),
-          range.bits, range.eps};
+          range.bits, range.eps, range.token, range.group};
 }
 
-ListedRanges::ListedRanges(const char* op, const Traits& traits, at::TensorList list) {
+QuantizerArguments by_position(const char* op, const std::optional<RangeArguments>& range) {
+  if (!range.has_value()) return {{}, kNoQuantizer, 8, 1};
+  return by_position(op, *range);
+}
+
+ListedRanges::ListedRanges(const char* op, const Traits& traits, at::TensorList list, bool token) {
   size_t used = 0;
   const auto take = [&](const char* name) -> OptionalTensor {
     if (name[0] == '\0') return std::nullopt;
@@ -44,8 +49,10 @@ ListedRanges::ListedRanges(const char* op, const Traits& traits, at::TensorList 
   };
   first = *take(traits.first);
   second = take(traits.second);
-  min = take(traits.min);
-  max = take(traits.max);
+  if (!token) {
+    min = take(traits.min);
+    max = take(traits.max);
+  }
   TORCH_CHECK(used == list.size(), "asymq::", op, ": ", traits.name, " needs ", used,
               " parameters, got ", list.size());
 }

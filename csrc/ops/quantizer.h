@@ -36,34 +36,47 @@ struct GranularQuantizer {
   double eps;
 };
 
-/// A quantizer with one range, as the operators have it that do more than quantize. ranges: the
-/// tensors that the parameterization has, in the order of Traits.
+/// The parameterization of no quantizer at all, for operators that can do without one.
+inline constexpr int64_t kNoQuantizer = -1;
+
+/// A quantizer as the operators have it that do more than quantize. ranges: the tensors that the
+/// parameterization has, in the order of Traits; of a token's range the factors alone. token, group:
+/// as in RangeArguments.
 struct QuantizerArguments {
   at::TensorList ranges;
   int64_t parameterization, bits;
   double eps;
+  bool token = false;
+  std::optional<int64_t> group = std::nullopt;
+
+  bool exists() const { return parameterization != kNoQuantizer; }
 };
 
 /// What the private operators take for what users give to `op`.
 QuantizerArguments by_position(const char* op, const RangeArguments& range);
+QuantizerArguments by_position(const char* op, const std::optional<RangeArguments>& range);
 
 /// The tensors of a list, each in its place.
 struct ListedRanges {
   at::Tensor first;
   OptionalTensor second, min, max;
 
-  /// Throws, naming op and parameter, where the list does not have what the traits say.
-  ListedRanges(const char* op, const Traits& traits, at::TensorList list);
+  /// Throws, naming op and parameter, where the list does not have what the traits say. token: it
+  /// has no constants.
+  ListedRanges(const char* op, const Traits& traits, at::TensorList list,
+               bool token = false);
 
   RangeTensors tensors() const { return {first, second, min, max}; }
 };
 
-/// A quantizer with one range, checked.
+/// A quantizer with one range, or with one of each token, checked.
 struct CheckedQuantizer {
   QuantizerKind kind;
   ListedRanges ranges;
+  bool token = false;
+  std::optional<int64_t> group = std::nullopt;
 
-  /// For the operators that only quantize.
+  /// For the operators that only quantize. Of a stored range.
   GranularQuantizer granular() const {
     return {ranges.tensors(), kind.parameterization, kind.bits, kind.eps};
   }

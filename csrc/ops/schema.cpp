@@ -7,6 +7,7 @@
 // `_fake_quantize_dynamic`, and for the operators that do more than quantize.
 //
 // *_ranges: the range tensors that a parameterization has, in the order first, second, min, max.
+// Where an operator can do without a quantizer, none is the parameterization "none", kNoQuantizer.
 // needs: which gradients to compute; the others come back undefined. After the tensor's come those
 // of first and second of each range.
 #include <torch/library.h>
@@ -74,6 +75,12 @@ TORCH_LIBRARY(asymq, m) {
   define("quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, " +
          range_schema() + ") -> Tensor");
 
+  define("quantized_rms_norm(Tensor x, Tensor weight, float eps, " + range_schema("output_") +
+         ") -> Tensor");
+  define("quantized_glu(Tensor gate, Tensor up, str activation, " + range_schema("gate_") + ", " +
+         range_schema("activation_") + ", " + range_schema("up_") + ", " +
+         range_schema("product_") + ") -> Tensor");
+
   define("_fake_quantize(Tensor x, " + granular_quantizer_schema() + ") -> Tensor");
   define("_fake_quantize_backward(Tensor grad, Tensor x, " + granular_quantizer_schema() +
          ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
@@ -105,5 +112,18 @@ TORCH_LIBRARY(asymq, m) {
       "_quantized_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, "
       "Tensor statistics, " +
       quantizer_schema() + ", int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+  // statistics: of each row 1 / sqrt(mean square + eps).
+  define("_quantized_rms_norm(Tensor x, Tensor weight, float eps, " + quantizer_schema("output_") +
+         ") -> (Tensor normalized, Tensor statistics)");
+  define(
+      "_quantized_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics, " +
+      quantizer_schema("output_") + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  const std::string glu = "Tensor gate, Tensor up, int activation, " + quantizer_schema("gate_") +
+                          ", " + quantizer_schema("activation_") + ", " + quantizer_schema("up_") +
+                          ", " + quantizer_schema("product_");
+  define("_quantized_glu(" + glu + ") -> Tensor");
+  define("_quantized_glu_backward(Tensor grad, " + glu +
+         ", bool[10] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+         "Tensor, Tensor)");
   define("_effective_scale_offset(" + granular_quantizer_schema() + ") -> (Tensor, Tensor)");
 }

@@ -33,6 +33,9 @@ __device__ __forceinline__ S narrow(Compute<S> value) {
   }
 }
 
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+
 template <class S, int kCount>
 struct alignas(sizeof(S) * kCount) Vector {
   S values[kCount];

@@ -5,9 +5,6 @@
 namespace asymq::cuda {
 namespace {
 
-__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
-__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
-
 /// GELU's tanh approximation, x/2 · (1 + tanh(u)) with u = √(2/π)·(x + 0.044715·x³), and its
 /// derivative. It is x·σ(2u), which costs one exponential and cancels nowhere.
 template <class T>

@@ -1,4 +1,4 @@
-// A quantizer of a kernel that does more than quantize.
+// Quantizers of kernels that do more than quantize.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +14,21 @@ struct QuantizerPointers {
   detail::RangePointers<P> ranges;
   P* first = nullptr;  ///< backward: gradients of the learned parameters; null where not wanted
   P* second = nullptr;
+
+  /// Whether any gradient is wanted.
+  ASYMQ_HOST_DEVICE bool learns() const { return first != nullptr || second != nullptr; }
+};
+
+/// What a quantizer takes the ends of its range from.
+enum class Ends {
+  kNone,    ///< there is no quantizer
+  kStored,  ///< one range for all elements
+  kToken    ///< each row's own extrema, and the factors that all rows share
+};
+
+template <class P>
+struct RowQuantizer : QuantizerPointers<P> {
+  Ends ends = Ends::kNone;
 };
 
 }  // namespace asymq::cuda

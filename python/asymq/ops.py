@@ -19,7 +19,7 @@ Common to all functions:
   that differentiate: `asymq.reference` is what these can be taken of.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ _range_of_extrema = _ops.range_of_extrema.default
 _quantized_softmax = _ops.quantized_softmax.default
 _quantized_gelu = _ops.quantized_gelu.default
 _quantized_cross_entropy = _ops.quantized_cross_entropy.default
+_quantized_rms_norm = _ops.quantized_rms_norm.default
+_quantized_glu = _ops.quantized_glu.default
 
 
 def fake_quantize_scale_offset(
@@ -250,7 +252,11 @@ def range_of_extrema(
 
 class RangeArguments(NamedTuple):
     """A quantizer with one range: a parameterization, its tensors (constants included, one element
-    each) in the order of the function of that name, and what else effective_scale_offset takes."""
+    each) in the order of the function of that name, and what else effective_scale_offset takes.
+
+    ``token``: a range of each token, as ``fake_quantize_dynamic_*`` have it: of "beta_gamma", with
+    the factors alone for parameters, and ``group``. quantized_rms_norm and quantized_glu take it.
+    """
 
     parameterization: str
     parameters: tuple[Tensor, ...]
@@ -259,6 +265,12 @@ class RangeArguments(NamedTuple):
     sigmoid: bool = False
     eps: float = 1e-8
     full_range: bool = False
+    token: bool = False
+    group: int | None = None
+
+
+# What the operators take that can do without a range.
+_NO_RANGE = RangeArguments("none", (), bits=8)
 
 
 def quantized_softmax(
@@ -313,3 +325,46 @@ def quantized_cross_entropy(
     per row.
     """
     return _quantized_cross_entropy(logits, labels, ignore_index, *range)
+
+
+def quantized_rms_norm(
+    x: Tensor, weight: Tensor, output_range: RangeArguments | None, *, eps: float = 1e-6
+) -> Tensor:
+    """fake_quantize(weight * x / sqrt(mean(x**2) + eps)) over the last axis, as transformers'
+    LlamaRMSNorm computes it: the quotient in float32 (float64 for float64 x), rounded to x's dtype,
+    times weight. Without a range the result is not quantized.
+
+    x: [..., D], any strides. weight: [D], of x's dtype; where it has a quantizer, already
+    quantized. The result is contiguous. On CUDA one kernel each way, where D is a multiple of 16
+    bytes up to 32 KiB and the range is none, one, or that of the whole token.
+
+    Differentiable with respect to x, weight and learned parameters; saves x, weight and one number
+    per row.
+    """
+    return _quantized_rms_norm(x, weight, eps, *(output_range or _NO_RANGE))
+
+
+def quantized_glu(
+    gate: Tensor,
+    up: Tensor,
+    product_range: RangeArguments | None,
+    *,
+    activation: Literal["silu", "gelu_tanh"] = "silu",
+    gate_range: RangeArguments | None = None,
+    activation_range: RangeArguments | None = None,
+    up_range: RangeArguments | None = None,
+) -> Tensor:
+    """product(activation(act(gate(g))) * up(u)): a gated linear unit whose operands, activation and
+    product are quantized, each on its range or, without one, not at all.
+
+    gate, up: [..., D], of one shape and dtype, any strides. act: SiLU or GELU's tanh approximation.
+    The arithmetic is in float32 (float64 for float64 tensors), every step rounded to the tensors'
+    dtype as single operations round it. The result is contiguous. On CUDA one kernel each way,
+    where D is a multiple of 16 bytes, the product's range is none, one, or that of the whole token,
+    and the others are none or one.
+
+    Differentiable with respect to both tensors and learned parameters; saves both tensors alone.
+    """
+    ranges = gate_range, activation_range, up_range, product_range
+    flat = [part for range in ranges for part in range or _NO_RANGE]
+    return _quantized_glu(gate, up, activation, *flat)

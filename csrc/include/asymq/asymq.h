@@ -4,4 +4,6 @@
 #include "asymq/fake_quantize.h"
 #include "asymq/quantized_cross_entropy.h"
 #include "asymq/quantized_gelu.h"
+#include "asymq/quantized_glu.h"
+#include "asymq/quantized_rms_norm.h"
 #include "asymq/quantized_softmax.h"

@@ -128,10 +128,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_of_extrema(
     const at::Tensor& min, const at::Tensor& max, int64_t bits, bool symmetric = false,
     bool force_zero = true, double fallback = 1.0, double eps = 1e-8, bool full_range = false);
 
-/// A quantizer with one range, as the functions take it that do more than quantize.
-/// parameterization, parameters and the rest are those of effective_scale_offset; every parameter
-/// has one element. Refers to the name and the parameters, which must live as long: a braced list
-/// lives to the end of its statement.
+/// A quantizer as the functions take it that do more than quantize. parameterization, parameters
+/// and the rest are those of effective_scale_offset; every parameter has one element. Refers to the
+/// name and the parameters, which must live as long: a braced list lives to the end of its
+/// statement.
+///
+/// token: a range of each token, as fake_quantize_dynamic_* have it: of "beta_gamma", with the
+/// factors alone for parameters, and `group`.
 struct RangeArguments {
   std::string_view parameterization;
   at::TensorList parameters;
@@ -140,6 +143,8 @@ struct RangeArguments {
   bool sigmoid = false;
   double eps = 1e-8;
   bool full_range = false;
+  bool token = false;
+  std::optional<int64_t> group = std::nullopt;
 };
 
 }  // namespace asymq

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from operator_calls import OperatorCalls
-from samples import PARAMETERIZATIONS
+from samples import DYNAMIC, PARAMETERIZATIONS
 from torch import Tensor
 
 import asymq
@@ -14,32 +14,43 @@ from asymq import reference
 from asymq.ops import RangeArguments
 
 
+ROWS = PARAMETERIZATIONS | DYNAMIC
+
+
 def quantizer(name: str, low: float, high: float, dtype, device, bits=8) -> RangeArguments:
-    """Of a row of samples.PARAMETERIZATIONS, with the range low to high and leaves to learn."""
-    row = PARAMETERIZATIONS[name]
-    symmetric = name.startswith("symmetric")
+    """Of a row of samples.PARAMETERIZATIONS or DYNAMIC, with leaves to learn: with the range low to
+    high, or, of each token, with the factors that belong to that."""
+    row = ROWS[name]
+    symmetric = "symmetric" in name
     ends = (torch.full((1,), end, dtype=dtype, device=device) for end in (low, high))
     tensors = [t.clone() for t in row.from_range(*ends, 2**bits - 1)]
     for tensor in tensors[: len(row.learned)]:
         tensor.requires_grad_()
     family = {"scale": "scale_offset", "max": "min_max", "gamma": "beta_gamma"}
-    function = row.function.removeprefix("symmetric_")
+    function = row.function.removeprefix("dynamic_").removeprefix("symmetric_")
     parameterization = family[function] if symmetric else function
     return RangeArguments(
-        parameterization, tuple(tensors), bits, symmetric, row.sigmoid, full_range=row.full_range
+        parameterization,
+        tuple(tensors),
+        bits,
+        symmetric,
+        row.sigmoid,
+        full_range=row.full_range,
+        token=name in DYNAMIC,
     )
 
 
 def fake_quantize(x: Tensor, name: str, range_: RangeArguments) -> Tensor:
-    row = PARAMETERIZATIONS[name]
-    options = {"sigmoid": True} if row.sigmoid else {}
+    row = ROWS[name]
+    options: dict = {"sigmoid": True} if row.sigmoid else {}
     options |= {"full_range": True} if row.full_range else {}
+    options |= {"group": range_.group} if range_.token else {}
     function = getattr(asymq, f"fake_quantize_{row.function}")
     return function(x, *range_.parameters, bits=range_.bits, **options)
 
 
 def learned(name: str, range_: RangeArguments) -> tuple[Tensor, ...]:
-    return range_.parameters[: len(PARAMETERIZATIONS[name].learned)]
+    return range_.parameters[: len(ROWS[name].learned)]
 
 
 def scale_of(range_: RangeArguments) -> Tensor:
@@ -73,6 +84,8 @@ def named(name: str, range_: RangeArguments, whose: str = "") -> dict:
         f"{whose}parameterization": list(reference.PARAMETERIZATIONS).index(name),
         f"{whose}bits": range_.bits,
         f"{whose}eps": range_.eps,
+        f"{whose}token": range_.token,
+        f"{whose}group": range_.group,
     }
 
 

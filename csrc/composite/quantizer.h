@@ -1,0 +1,39 @@
+// A quantizer of any kind, or none, as one of the single operations of a composite.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "ops/fake_quantize.h"
+#include "ops/fake_quantize_dynamic.h"
+#include "ops/quantizer.h"
+
+namespace asymq {
+
+inline LiveQuantizer live(const CheckedQuantizer& quantizer) {
+  const QuantizerKind& kind = quantizer.kind;
+  return {quantizer.ranges.first, quantizer.ranges.second, quantizer.group, kind.parameterization,
+          kind.bits,              kind.eps,                /*token=*/true};
+}
+
+/// x on the quantizer's grid; x itself where there is none.
+inline at::Tensor quantize(const at::Tensor& x, const std::optional<CheckedQuantizer>& quantizer) {
+  if (!quantizer.has_value()) return x;
+  if (quantizer->token) return fake_quantize_dynamic_op(x, live(*quantizer));
+  return fake_quantize_op(x, quantizer->granular());
+}
+
+/// dL/dx, then the gradients that are wanted of first and second.
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_backward(
+    const at::Tensor& grad, const at::Tensor& x, const std::optional<CheckedQuantizer>& quantizer,
+    bool needs_first, bool needs_second) {
+  if (!quantizer.has_value()) return {grad, at::Tensor(), at::Tensor()};
+  const std::array<bool, 3> needs{true, needs_first, needs_second};
+  if (quantizer->token) return fake_quantize_dynamic_backward_op(grad, x, live(*quantizer), needs);
+  return fake_quantize_backward_op(grad, x, quantizer->granular(), needs);
+}
+
+}  // namespace asymq

@@ -1,0 +1,91 @@
+#include "ops/quantized_glu.h"
+
+#include <torch/library.h>
+
+#include "asymq/quantized_glu.h"
+#include "ops/checks.h"
+
+namespace asymq {
+namespace {
+
+constexpr const char* kOp = "quantized_glu";
+
+at::Tensor in_schema_order(const at::Tensor& gate, const at::Tensor& up,
+                           std::string_view activation, const std::optional<RangeArguments>& of_gate,
+                           const std::optional<RangeArguments>& of_activation,
+                           const std::optional<RangeArguments>& of_up,
+                           const std::optional<RangeArguments>& of_product) {
+  return quantized_glu(gate, up, of_product, activation, of_gate, of_activation, of_up);
+}
+
+int64_t activation_by_name(std::string_view name) {
+  TORCH_CHECK(name == "silu" || name == "gelu_tanh", "asymq::", kOp,
+              ": activation must be silu or gelu_tanh, got ", name);
+  return static_cast<int64_t>(name == "silu" ? GluActivation::kSilu : GluActivation::kGeluTanh);
+}
+
+/// Kernels have one type for the ranges of a call.
+void check_range_dtypes(const GluQuantizers& quantizers) {
+  const CheckedQuantizer* first = nullptr;
+  for (const auto* quantizer :
+       {&quantizers.gate, &quantizers.activation, &quantizers.up, &quantizers.product}) {
+    if (!quantizer->has_value()) continue;
+    if (first == nullptr) first = &**quantizer;
+    const auto wanted = first->ranges.first.scalar_type();
+    const auto got = (*quantizer)->ranges.first.scalar_type();
+    TORCH_CHECK(got == wanted, "asymq::", kOp, ": all ranges must have one dtype, got ", wanted,
+                " and ", got);
+  }
+}
+
+}  // namespace
+
+GluQuantizers check_quantized_glu(const at::Tensor& gate, const at::Tensor& up, int64_t activation,
+                                  const QuantizerArguments& of_gate,
+                                  const QuantizerArguments& of_activation,
+                                  const QuantizerArguments& of_up,
+                                  const QuantizerArguments& of_product) {
+  constexpr Where where{kOp};
+  TORCH_CHECK(activation == static_cast<int64_t>(GluActivation::kSilu) ||
+                  activation == static_cast<int64_t>(GluActivation::kGeluTanh),
+              where, ": activation must be 0 (silu) or 1 (gelu_tanh), got ", activation);
+  check_elements(where, "gate", gate);
+  TORCH_CHECK(up.sym_sizes() == gate.sym_sizes(), where, ": up must have gate's shape ",
+              gate.sym_sizes(), ", got ", up.sym_sizes());
+  TORCH_CHECK(up.scalar_type() == gate.scalar_type() && up.device() == gate.device(), where,
+              ": up must be ", gate.scalar_type(), " on ", gate.device(), " like gate, got ",
+              up.scalar_type(), " on ", up.device());
+  GluQuantizers quantizers{check_any_quantizer(kOp, "gate's ", "gate", gate, of_gate),
+                           check_any_quantizer(kOp, "activation's ", "gate", gate, of_activation),
+                           check_any_quantizer(kOp, "up's ", "up", up, of_up),
+                           check_any_quantizer(kOp, "product's ", "gate", gate, of_product)};
+  check_range_dtypes(quantizers);
+  return quantizers;
+}
+
+GluQuantizers check_quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                           const at::Tensor& up, int64_t activation,
+                                           const QuantizerArguments& of_gate,
+                                           const QuantizerArguments& of_activation,
+                                           const QuantizerArguments& of_up,
+                                           const QuantizerArguments& of_product) {
+  check_grad({kOp}, "gate", grad, gate);
+  return check_quantized_glu(gate, up, activation, of_gate, of_activation, of_up, of_product);
+}
+
+at::Tensor quantized_glu(const at::Tensor& gate, const at::Tensor& up,
+                         const std::optional<RangeArguments>& product_range,
+                         std::string_view activation,
+                         const std::optional<RangeArguments>& gate_range,
+                         const std::optional<RangeArguments>& activation_range,
+                         const std::optional<RangeArguments>& up_range) {
+  return quantized_glu_op(gate, up, activation_by_name(activation), by_position(kOp, gate_range),
+                          by_position(kOp, activation_range), by_position(kOp, up_range),
+                          by_position(kOp, product_range));
+}
+
+TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
+  m.impl("quantized_glu", flat<in_schema_order>);
+}
+
+}  // namespace asymq
