@@ -12,8 +12,10 @@ bool has_kernel(const at::Tensor& gate, const GluQuantizers& quantizers) {
          !live(quantizers.activation) && !live(quantizers.up);
 }
 
-RowPlan plan_for(const at::Tensor& gate, bool backward) {
-  RowPlan plan = make_glu_plan(rows_of(gate), vectors_of_row(gate), backward, multiprocessors());
+RowPlan plan_for(const at::Tensor& gate, const GluQuantizers& quantizers, bool backward) {
+  const bool inner = quantizers.gate || quantizers.activation || quantizers.up;
+  RowPlan plan =
+      make_glu_plan(rows_of(gate), vectors_of_row(gate), inner, backward, multiprocessors());
   plan.overlaps = overlaps();
   return plan;
 }
@@ -63,7 +65,7 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
   dispatch_types(gate, quantizers.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_glu_forward<S, P>(plan_for(gate, false), quantizers.pointers<P>(), is_tanh(activation),
+    launch_glu_forward<S, P>(plan_for(gate, checked, false), quantizers.pointers<P>(), is_tanh(activation),
                              input<S>(gate), input<S>(up), output<S>(out),
                              at::cuda::getCurrentCUDAStream());
   });
@@ -90,7 +92,7 @@ GluGradients quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gi
   at::Tensor dgate = empty_if(needs[0], gate), dup = empty_if(needs[1], up);
   const DeviceQuantizers quantizers(checked, needs);
   const bool sums = std::any_of(needs.begin() + 2, needs.end(), [](bool needed) { return needed; });
-  const RowPlan plan = plan_for(gate, true);
+  const RowPlan plan = plan_for(gate, checked, true);
   const at::Tensor workspace = workspace_if(sums, 12 * plan.blocks, gate);
   dispatch_types(gate, quantizers.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);

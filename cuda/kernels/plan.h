@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <numeric>
 #include <type_traits>
 
@@ -282,35 +281,32 @@ struct RowPlan {
   bool overlaps = false;
   int64_t rows = 0;
   int vectors = 0;   ///< of a row
-  int held = 1;      ///< vectors of a row that a thread holds at a time
   int team = kWarp;  ///< threads of a row: lanes of a warp, or a block
   int threads = kRowThreads;
   int64_t blocks = 0;
 
   ASYMQ_HOST_DEVICE int teams() const { return threads / team; }
-  /// Sums of all teams.
-  ASYMQ_HOST_DEVICE int64_t entries() const { return blocks * teams(); }
+  /// Sums of columns: of every warp whose lanes make teams, or of every block.
+  ASYMQ_HOST_DEVICE int64_t entries() const {
+    return team <= kWarp ? blocks * (threads / kWarp) : blocks;
+  }
 };
 
 constexpr int kTeamThreads = 512;  // of a row, at most
 
-/// held: vectors that a thread holds of a row of this many, from the fewest; rows that need more
-/// take several rounds. resident: threads of a multiprocessor that registers are allotted for.
-inline RowPlan make_row_plan(int64_t rows, int64_t vectors, std::initializer_list<int> held,
-                             int resident, int multiprocessors) {
+/// held: vectors that a thread has of a row; rows that need more take several rounds. resident:
+/// threads of a multiprocessor that registers are allotted for.
+inline RowPlan make_row_plan(int64_t rows, int64_t vectors, int held, int resident,
+                             int multiprocessors) {
   RowPlan plan;
   plan.rows = rows;
   plan.vectors = static_cast<int>(vectors);
-  if (vectors <= kWarp) {
+  const int64_t needed = ceil_div(vectors, held);
+  if (needed <= kWarp) {
     plan.team = 1;
-    while (plan.team < vectors) plan.team *= 2;
-    plan.held = *held.begin();
+    while (plan.team < needed) plan.team *= 2;
   } else {
-    for (const int count : held) {
-      plan.held = count;
-      if (vectors <= kTeamThreads / 2 * count) break;
-    }
-    const int64_t threads = ceil_div(vectors, int64_t{kWarp} * plan.held) * kWarp;
+    const int64_t threads = ceil_div(needed, kWarp) * kWarp;
     plan.threads = plan.team = static_cast<int>(std::min<int64_t>(threads, kTeamThreads));
   }
   const int64_t most = int64_t{multiprocessors} * std::max(1, resident / plan.threads);

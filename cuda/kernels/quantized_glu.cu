@@ -6,33 +6,39 @@
 namespace asymq::cuda {
 namespace {
 
-/// x·σ(x·(linear + cubic·x²)) and its derivative: SiLU with 1 and 0, GELU's tanh approximation,
-/// x/2 · (1 + tanh(u)), with the 2u that is cubic in x. It costs one exponential.
-template <class T>
-struct Gate {
-  T linear, cubic;
-
-  __host__ explicit Gate(bool tanh) : linear(1), cubic(0) {
-    constexpr double kTwiceRoot = 2 * 0.79788456080286535588;  // 2·√(2/π)
-    if (!tanh) return;
-    linear = static_cast<T>(kTwiceRoot);
-    cubic = static_cast<T>(0.044715 * kTwiceRoot);
+// e^x; less exact where the result is rounded to 16 bits anyway.
+template <class S>
+__device__ __forceinline__ Compute<S> exponential(Compute<S> x) {
+  if constexpr (sizeof(S) == 2) {
+    return __expf(x);
+  } else {
+    return exp(x);
   }
+}
+
+/// x·σ(z) and its derivative, which cost one exponential and cancel nowhere: SiLU with z = x, or
+/// GELU's tanh approximation, x/2 · (1 + tanh(z/2)), with z = 2·√(2/π)·(x + 0.044715·x³).
+template <bool kTanh, class S>
+struct Gate {
+  using T = Compute<S>;
+  static constexpr T kLinear = T(2 * 0.79788456080286535588);
+  static constexpr T kCubic = T(0.044715) * kLinear;
 
   /// Far out it makes no difference, and no infinity meets a 0.
-  __device__ __forceinline__ T squared(T x) const {
+  static __device__ __forceinline__ T squared(T x) {
     const T square = x * x;
     return square < T(1e30) ? square : T(1e30);
   }
 
-  __device__ __forceinline__ T sigmoid(T x) const {
-    return reciprocal(T(1) + exp(-x * fma(cubic, squared(x), linear)));
+  static __device__ __forceinline__ T sigmoid(T x) {
+    const T z = kTanh ? x * fma(kCubic, squared(x), kLinear) : x;
+    return reciprocal(T(1) + exponential<S>(-z));
   }
 
   /// The derivative at x, where σ is `sigmoid`.
-  __device__ __forceinline__ T slope(T x, T sigmoid) const {
-    return sigmoid +
-           x * sigmoid * (T(1) - sigmoid) * fma(T(3) * cubic, squared(x), linear);
+  static __device__ __forceinline__ T slope(T x, T sigmoid) {
+    const T inner = kTanh ? fma(T(3) * kCubic, squared(x), kLinear) : T(1);
+    return fma(x * sigmoid * (T(1) - sigmoid), inner, sigmoid);
   }
 };
 
@@ -41,7 +47,6 @@ template <class S, class P>
 struct Glu {
   RowPlan plan;
   GluRowQuantizers<P> quantizers;
-  Gate<Compute<S>> gate_function;
   const S* grad;
   const S* gate;
   const S* up;
@@ -58,14 +63,15 @@ struct Site {
   G grid;
 
   __device__ __forceinline__ T quantize(T value) const {
-    return exists ? rounded<S>(fake_quantize_element(value, grid)) : value;
+    // Without a branch, so that `backward` has the quotient already.
+    const T quantized = rounded<S>(fake_quantize_element(value, grid));
+    return exists ? quantized : value;
   }
 
   __device__ __forceinline__ T backward(T grad, T value, Sums<T>& sums) const {
-    if (!exists) return grad;
     const auto term = fake_quantize_element_backward(grad, value, grid);
     add(sums, term);
-    return term.x;
+    return exists ? term.x : grad;
   }
 };
 
@@ -112,27 +118,24 @@ __device__ __forceinline__ void with_sites(const GluRowQuantizers<P>& quantizers
 }
 
 /// What comes before the product's quantizer, of one element.
-template <class S, class Sites>
+template <bool kTanh, class S, class Sites>
 struct Product {
   using T = Compute<S>;
-  T gate, sigmoid, activated, activation, up, product;
+  T gate, sigmoid, activated, activation, up, product;  ///< the product is not rounded yet
 
-  __device__ __forceinline__ Product(T given_gate, T given_up, const Gate<T>& function,
-                                     const Sites& sites)
+  __device__ __forceinline__ Product(T given_gate, T given_up, const Sites& sites)
       : gate(sites.gate.quantize(given_gate)),
-        sigmoid(function.sigmoid(gate)),
+        sigmoid(Gate<kTanh, S>::sigmoid(gate)),
         activated(rounded<S>(gate * sigmoid)),
         activation(sites.activation.quantize(activated)),
         up(sites.up.quantize(given_up)),
-        product(rounded<S>(activation * up)) {}
+        product(activation * up) {}
 };
 
-constexpr int glu_blocks(int held, int few) { return held == 2 ? few : 1; }
-
-template <bool kInner, int kHeld, class S, class P>
-__global__ void __launch_bounds__(kTeamThreads, glu_blocks(kHeld, 2)) glu_forward(Glu<S, P> op) {
+template <bool kTanh, bool kInner, class S, class P>
+__global__ void __launch_bounds__(kTeamThreads, 1) glu_forward(Glu<S, P> op) {
   using T = Compute<S>;
-  constexpr int kCount = kWidth<S, true>;
+  constexpr int kCount = kWidth<S, true>, kHeld = kGluVectors<kInner>;
   const RowPlan& plan = op.plan;
   Team team(plan);
   RowRange<T, P> range(op.quantizers.product);
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(kTeamThreads, glu_blocks(kHeld, 2)) glu_forwar
           if (begin + team.rank() + u * plan.team >= vectors) continue;
           products[u] = map_words<S>(
               [&](int, T gate, T up) {
-                return Product<S, SitesType>(gate, up, op.gate_function, sites).product;
+                return Product<kTanh, S, SitesType>(gate, up, sites).product;
               },
               gate[u], up[u]);
         }
@@ -201,12 +204,12 @@ __global__ void __launch_bounds__(kTeamThreads, glu_blocks(kHeld, 2)) glu_forwar
   });
 }
 
-template <bool kInner, int kHeld, class S, class P>
-__global__ void __launch_bounds__(kTeamThreads, glu_blocks(kHeld, kInner ? 1 : 2))
+template <bool kTanh, bool kInner, class S, class P>
+__global__ void __launch_bounds__(kTeamThreads, 1)
     glu_backward(Glu<S, P> op) {
   allow_overlap();
   using T = Compute<S>;
-  constexpr int kCount = kWidth<S, true>;
+  constexpr int kCount = kWidth<S, true>, kHeld = kGluVectors<kInner>;
   const RowPlan& plan = op.plan;
   Team team(plan);
   RowRange<T, P> range(op.quantizers.product);
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(kTeamThreads, glu_blocks(kHeld, kInner ? 1 : 2
             if (begin + team.rank() + u * plan.team >= vectors) continue;
             search.include_vector(map_words<S>(
                 [&](int, T gate, T up) {
-                  return Product<S, SitesType>(gate, up, op.gate_function, sites).product;
+                  return Product<kTanh, S, SitesType>(gate, up, sites).product;
                 },
                 gate[u], up[u]));
           }
@@ -258,11 +261,11 @@ __global__ void __launch_bounds__(kTeamThreads, glu_blocks(kHeld, kInner ? 1 : 2
           map_words_to<S>(
               dgate, dup,
               [&](T g, T given_gate, T given_up) -> Two<T> {
-                const Product<S, SitesType> of(given_gate, given_up, op.gate_function, sites);
-                const T dproduct = quantize(g, of.product);
+                const Product<kTanh, S, SitesType> of(given_gate, given_up, sites);
+                const T dproduct = quantize(g, rounded<S>(of.product));
                 const T dactivated =
                     sites.activation.backward(dproduct * of.up, of.activated, sums_activation);
-                const T dgated = dactivated * op.gate_function.slope(of.gate, of.sigmoid);
+                const T dgated = dactivated * Gate<kTanh, S>::slope(of.gate, of.sigmoid);
                 return {sites.gate.backward(dgated, given_gate, sums_gate),
                         sites.up.backward(dproduct * of.activation, given_up, sums_up)};
               },
@@ -319,28 +322,21 @@ __global__ void __launch_bounds__(kFinishThreads) glu_finish(Glu<S, P> op) {
                               op.plan.blocks);
 }
 
-template <bool kBackward, bool kInner, int kHeld, class S, class P>
+template <bool kBackward, bool kTanh, bool kInner, class S, class P>
 void launch_kernel(const Glu<S, P>& op, cudaStream_t stream) {
-  const auto kernel = kBackward ? glu_backward<kInner, kHeld, S, P> : glu_forward<kInner, kHeld, S, P>;
+  const auto kernel =
+      kBackward ? glu_backward<kTanh, kInner, S, P> : glu_forward<kTanh, kInner, S, P>;
   kernel<<<static_cast<unsigned>(op.plan.blocks), op.plan.threads, 0, stream>>>(op);
 }
 
 template <bool kBackward, class S, class P>
-void launch(const Glu<S, P>& op, cudaStream_t stream) {
+void launch(const Glu<S, P>& op, bool tanh, cudaStream_t stream) {
   if (op.plan.blocks == 0) return;
-  const auto of_held = [&](auto inner) {
-    constexpr bool kInner = decltype(inner)::value;
-    if (op.plan.held == 2) {
-      launch_kernel<kBackward, kInner, 2>(op, stream);
-    } else {
-      launch_kernel<kBackward, kInner, 4>(op, stream);
-    }
-  };
-  if (op.quantizers.inner()) {
-    of_held(std::true_type{});
-  } else {
-    of_held(std::false_type{});
-  }
+  const auto kernel = op.quantizers.inner() ? tanh ? launch_kernel<kBackward, true, true, S, P>
+                                                   : launch_kernel<kBackward, false, true, S, P>
+                      : tanh ? launch_kernel<kBackward, true, false, S, P>
+                             : launch_kernel<kBackward, false, false, S, P>;
+  kernel(op, stream);
 }
 
 }  // namespace
@@ -348,16 +344,16 @@ void launch(const Glu<S, P>& op, cudaStream_t stream) {
 template <class S, class P>
 void launch_glu_forward(const RowPlan& plan, const GluRowQuantizers<P>& quantizers, bool tanh,
                         const S* gate, const S* up, S* out, cudaStream_t stream) {
-  launch<false>(Glu<S, P>{plan, quantizers, Gate<Compute<S>>(tanh), nullptr, gate, up, out}, stream);
+  launch<false>(Glu<S, P>{plan, quantizers, nullptr, gate, up, out}, tanh, stream);
 }
 
 template <class S, class P>
 void launch_glu_backward(const RowPlan& plan, const GluRowQuantizers<P>& quantizers, bool tanh,
                          const S* grad, const S* gate, const S* up, S* dgate, S* dup,
                          double* workspace, cudaStream_t stream) {
-  const Glu<S, P> op{plan, quantizers, Gate<Compute<S>>(tanh), grad, gate, up, dgate, dup,
-                     reinterpret_cast<Sums<double>*>(workspace)};
-  launch<true>(op, stream);
+  const Glu<S, P> op{plan, quantizers, grad,  gate,
+                     up,   dgate,      dup,   reinterpret_cast<Sums<double>*>(workspace)};
+  launch<true>(op, tanh, stream);
   const auto& [of_gate, of_activation, of_up, of_product] = quantizers;
   if (of_gate.learns() || of_activation.learns() || of_up.learns() || of_product.learns()) {
     launch_overlapping<glu_finish<S, P>>(4, kFinishThreads, plan.overlaps && plan.blocks > 0,

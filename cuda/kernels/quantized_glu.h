@@ -20,8 +20,14 @@ struct GluRowQuantizers {
   }
 };
 
-inline RowPlan make_glu_plan(int64_t rows, int64_t vectors, bool backward, int multiprocessors) {
-  return make_row_plan(rows, vectors, {2, 4}, backward ? 1024 : 1536, multiprocessors);
+/// Vectors of a row that a thread has at a time. kInner: there are quantizers before the product.
+template <bool kInner>
+constexpr int kGluVectors = kInner ? 2 : 4;
+
+inline RowPlan make_glu_plan(int64_t rows, int64_t vectors, bool inner, bool backward,
+                             int multiprocessors) {
+  const int held = inner ? kGluVectors<true> : kGluVectors<false>;
+  return make_row_plan(rows, vectors, held, backward ? 512 : 768, multiprocessors);
 }
 
 /// gate, up and out are contiguous and aligned. tanh: the activation is GELU's tanh approximation,

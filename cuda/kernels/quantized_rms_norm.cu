@@ -27,29 +27,24 @@ struct RmsNorm {
 };
 
 /// A thread's vectors of a row, `team` apart.
-template <int kHeld, class S>
+template <class S>
 struct RowVectors {
   using Vectors = Words<S, true>;
   static constexpr int kCount = kWidth<S, true>;
-  Vectors words[kHeld];
+  Vectors words[kRmsNormVectors];
 
   /// from: the row. Nothing beyond `vectors`.
   __device__ __forceinline__ void load(const S* from, int rank, int team, int vectors) {
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       const int at = rank + u * team;
       words[u] = at < vectors ? load_words<S, true>(from + at * kCount) : Vectors{};
     }
   }
 };
 
-constexpr int rms_norm_threads(int held) { return held == 1 ? kTeamThreads / 2 : kTeamThreads; }
-constexpr int rms_norm_blocks(int held, int few, int more) {
-  return held == 1 ? few : held == 2 ? more : 1;
-}
-
-template <int kHeld, class S, class P>
-__global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld, 6, 2))
+template <class S, class P>
+__global__ void __launch_bounds__(kTeamThreads, 2)
     rms_norm_forward(RmsNorm<S, P> op) {
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
@@ -57,26 +52,20 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
   Team team(plan);
   RowRange<T, P> range(op.quantizer);
   const int rank = team.rank(), teams = plan.teams();
-  const auto vectors_of = [&](int64_t row) { return row < plan.rows ? plan.vectors : 0; };
-  int64_t row = blockIdx.x * int64_t{teams} + team.index();
-  RowVectors<kHeld, S> next;
-  next.load(op.x + row * op.size(), rank, plan.team, vectors_of(row));
-  for (int64_t first = row - team.index(); first < plan.rows; first += gridDim.x * teams) {
-    const int vectors = vectors_of(row);
-    const int64_t offset = row * op.size();
-    auto x = next;
-    row += gridDim.x * teams;
-    next.load(op.x + row * op.size(), rank, plan.team, vectors_of(row));
-
+  for (int64_t first = blockIdx.x * int64_t{teams}; first < plan.rows; first += gridDim.x * teams) {
+    const int64_t row = first + team.index(), offset = row * op.size();
+    const int vectors = row < plan.rows ? plan.vectors : 0;
+    RowVectors<S> x;
+    x.load(op.x + offset, rank, plan.team, vectors);
     T squares = 0;
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       visit_words<S>([&](int, T value) { squares = fma(value, value, squares); }, x.words[u]);
     }
     const T statistic = rsqrt(team.sum(squares) / op.size() + static_cast<T>(op.eps));
     Search<S, true> search;
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       const int at = rank + u * plan.team;
       if (at >= vectors) continue;
       const auto weight = load_words<S, true>(op.weight + at * kCount);
@@ -87,7 +76,7 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
     if (range.of_token()) range.find(team.extrema(search.result()));
     const auto store = [&](const auto& quantize) {
 #pragma unroll
-      for (int u = 0; u < kHeld; ++u) {
+      for (int u = 0; u < kRmsNormVectors; ++u) {
         const int at = rank + u * plan.team;
         if (at < vectors) store_words<S, true>(op.out + offset + at * kCount, quantize(x.words[u]));
       }
@@ -102,46 +91,34 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
     } else {
       store([](const Words<S, true>& words) { return words; });
     }
-    if (vectors > 0 && rank == 0) op.statistics[offset / op.size()] = statistic;
+    if (vectors > 0 && rank == 0) op.statistics[row] = statistic;
   }
 }
 
-template <int kHeld, class S, class P>
-__global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld, 4, 2))
+template <class S, class P>
+__global__ void __launch_bounds__(kTeamThreads, 1)
     rms_norm_backward(RmsNorm<S, P> op) {
   allow_overlap();
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
-  // Registers are for one row more where threads have one vector of it.
-  constexpr bool kAhead = kHeld == 1;
   const RowPlan& plan = op.plan;
   Team team(plan);
   RowRange<T, P> range(op.quantizer);
   const int rank = team.rank(), teams = plan.teams();
-  const auto vectors_of = [&](int64_t row) { return row < plan.rows ? plan.vectors : 0; };
-  T of_weight[kHeld * kCount] = {};
-  int64_t row = blockIdx.x * int64_t{teams} + team.index();
-  RowVectors<kHeld, S> next_x, next_grad;
-  const auto load_next = [&] {
-    next_x.load(op.x + row * op.size(), rank, plan.team, vectors_of(row));
-    next_grad.load(op.grad + row * op.size(), rank, plan.team, vectors_of(row));
-  };
-  if (kAhead) load_next();
-  for (int64_t first = row - team.index(); first < plan.rows; first += gridDim.x * teams) {
-    if (!kAhead) load_next();
-    const auto x = next_x;
-    auto grad = next_grad;  // then dL/d(what is quantized)
-    const int vectors = vectors_of(row);
-    const int64_t offset = row * op.size();
+  T of_weight[kRmsNormVectors * kCount] = {};
+  for (int64_t first = blockIdx.x * int64_t{teams}; first < plan.rows; first += gridDim.x * teams) {
+    const int64_t row = first + team.index(), offset = row * op.size();
+    const int vectors = row < plan.rows ? plan.vectors : 0;
+    RowVectors<S> x, grad;  // grad: then dL/d(what is quantized)
+    x.load(op.x + offset, rank, plan.team, vectors);
+    grad.load(op.grad + offset, rank, plan.team, vectors);
     const T statistic = vectors > 0 ? op.statistics[row] : T(0);
-    row += gridDim.x * teams;
-    if (kAhead) load_next();
 
     const auto normalized = [&](T value) { return rounded<S>(value * statistic); };
-    Words<S, true> weighted[kHeld];
+    Words<S, true> weighted[kRmsNormVectors];
     Search<S, true> search;
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       const int at = rank + u * plan.team;
       if (at >= vectors) continue;
       const auto weight = load_words<S, true>(op.weight + at * kCount);
@@ -154,7 +131,7 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
       Sums<T> sums{};
       with_fast_division(range.grid(), [&](const auto& grid) {
 #pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
+        for (int u = 0; u < kRmsNormVectors; ++u) {
           if (rank + u * plan.team >= vectors) continue;
           grad.words[u] = map_words<S>(
               [&](int, T g, T value) {
@@ -169,7 +146,7 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
     }
     T along = 0;  // Σ dL/d(normalized) · x
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       const int at = rank + u * plan.team;
       if (at >= vectors) continue;
       const auto weight = load_words<S, true>(op.weight + at * kCount);
@@ -184,7 +161,7 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
     if (op.out == nullptr) continue;
     along = team.sum(along) / op.size() * statistic * statistic;
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       const int at = rank + u * plan.team;
       if (at >= vectors) continue;
       const auto weight = load_words<S, true>(op.weight + at * kCount);
@@ -197,13 +174,20 @@ __global__ void __launch_bounds__(rms_norm_threads(kHeld), rms_norm_blocks(kHeld
     }
   }
   if (op.dweight != nullptr) {
-    T* sums = op.weight_sums + (blockIdx.x * int64_t{teams} + team.index()) * op.size();
+    // The teams of a warp add up theirs; more threads are one team.
+    const int entry = plan.team < kWarp ? threadIdx.x / kWarp : team.index();
+    T* sums = op.weight_sums + (blockIdx.x * (op.plan.entries() / gridDim.x) + entry) * op.size();
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kRmsNormVectors; ++u) {
       const int at = rank + u * plan.team;
-      if (at >= plan.vectors) continue;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[at * kCount + i] = of_weight[u * kCount + i];
+      for (int i = 0; i < kCount; ++i) {
+        T sum = of_weight[u * kCount + i];
+        for (int step = kWarp / 2; step >= plan.team; step /= 2) {
+          sum += __shfl_xor_sync(~0u, sum, step);
+        }
+        if (at < plan.vectors) sums[at * kCount + i] = sum;
+      }
     }
   }
   if (op.quantizer.learns()) store_row_sums(range.total(), op.partials);
@@ -249,10 +233,8 @@ void launch_rms_norm_forward(const RowPlan& plan, const RowQuantizer<P>& output,
                              const S* weight, double eps, S* out, Compute<S>* statistics,
                              cudaStream_t stream) {
   RmsNorm<S, P> op{plan, output, nullptr, x, weight, out, statistics, eps};
-  const auto kernel = plan.held == 1   ? rms_norm_forward<1, S, P>
-                      : plan.held == 2 ? rms_norm_forward<2, S, P>
-                                       : rms_norm_forward<4, S, P>;
-  kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(op);
+  if (plan.blocks == 0) return;
+  rms_norm_forward<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(op);
 }
 
 template <class S, class P>
@@ -264,10 +246,7 @@ void launch_rms_norm_backward(const RowPlan& plan, const RowQuantizer<P>& output
   RmsNorm<S, P> op{plan, output, grad,    x,        weight,     dx, const_cast<Compute<S>*>(statistics),
                    0,    dweight, partials, weight_sums};
   if (plan.blocks > 0) {
-    const auto kernel = plan.held == 1   ? rms_norm_backward<1, S, P>
-                        : plan.held == 2 ? rms_norm_backward<2, S, P>
-                                         : rms_norm_backward<4, S, P>;
-    kernel<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(op);
+    rms_norm_backward<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(op);
   }
   const int columns = dweight == nullptr ? 0 : static_cast<int>(ceil_div(op.size(), kColumns));
   if (columns > 0 || output.learns()) {

@@ -9,14 +9,16 @@
 
 namespace asymq::cuda {
 
+constexpr int kRmsNormVectors = 4;  // of a thread
+
+/// The largest number of vectors of a row.
+constexpr int64_t kMostRmsNormVectors = kRmsNormVectors * kTeamThreads;
+
 /// Rows of `vectors` vectors; only rows that a team holds at once.
 inline RowPlan make_rms_norm_plan(int64_t rows, int64_t vectors, bool backward,
                                   int multiprocessors) {
-  return make_row_plan(rows, vectors, {1, 2, 4}, backward ? 1024 : 1536, multiprocessors);
+  return make_row_plan(rows, vectors, kRmsNormVectors, backward ? 512 : 1024, multiprocessors);
 }
-
-/// The largest number of vectors of a row.
-constexpr int64_t kMostRmsNormVectors = 4 * kTeamThreads;
 
 /// x, weight and out are contiguous and aligned. statistics receives 1 / sqrt(mean square + eps) of
 /// each row.

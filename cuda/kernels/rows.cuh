@@ -20,38 +20,42 @@ class Team {
 
   template <class T>
   __device__ __forceinline__ T sum(T value) {
-    return reduce(value, T(0), [](T a, T b) { return a + b; });
+    for (int step = lanes() / 2; step > 0; step /= 2) {
+      value += __shfl_xor_sync(~0u, value, step);
+    }
+    if (size_ <= kWarp) return value;
+    value = share(value, T(0));
+    for (int step = kMostWarps / 2; step > 0; step /= 2) {
+      value += __shfl_xor_sync(~0u, value, step);
+    }
+    return value;
   }
 
   template <class T>
-  __device__ __forceinline__ Extrema<T> extrema(const Extrema<T>& value) {
-    return {reduce(value.min, no_extrema<T>().min, [](T a, T b) { return smaller(a, b); }),
-            reduce(value.max, no_extrema<T>().max, [](T a, T b) { return larger(a, b); })};
+  __device__ __forceinline__ Extrema<T> extrema(Extrema<T> value) {
+    value = over_lanes(value, lanes());
+    return size_ <= kWarp ? value : over_lanes(share(value, no_extrema<T>()), kMostWarps);
   }
 
  private:
+  static constexpr int kMostWarps = kTeamThreads / kWarp;
   int size_, turn_ = 0;
 
-  /// The same for every thread of the team, to the bit.
-  template <class T, class Combine>
-  __device__ __forceinline__ T reduce(T value, T neutral, const Combine& combine) {
-    for (int step = min(size_, kWarp) / 2; step > 0; step /= 2) {
-      value = combine(value, __shfl_xor_sync(~0u, value, step));
-    }
-    if (size_ <= kWarp) return value;
+  __device__ __forceinline__ int lanes() const { return min(size_, kWarp); }
+
+  /// What each warp has, one to each of as many lanes; `neutral` where there is no warp. The lanes
+  /// beyond kMostWarps have what those before them have.
+  template <class T>
+  __device__ __forceinline__ T share(const T& value, const T& neutral) {
     // Two turns: whoever writes has passed the barrier behind which the others read the last but
     // one.
-    __shared__ T of_warps[2][kTeamThreads / kWarp];
+    __shared__ T of_warps[2][kMostWarps];
     T* shared = of_warps[turn_];
     turn_ ^= 1;
-    const int lane = threadIdx.x % kWarp, warps = size_ / kWarp;
-    if (lane == 0) shared[threadIdx.x / kWarp] = value;
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
     __syncthreads();
-    value = lane < warps ? shared[lane] : neutral;
-    for (int step = kTeamThreads / kWarp / 2; step > 0; step /= 2) {
-      value = combine(value, __shfl_xor_sync(~0u, value, step));
-    }
-    return __shfl_sync(~0u, value, 0);
+    const int warp = threadIdx.x % kMostWarps;
+    return warp < size_ / kWarp ? shared[warp] : neutral;
   }
 };
 
