@@ -52,8 +52,8 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
                          int64_t activation, const QuantizerArguments& of_gate,
                          const QuantizerArguments& of_activation, const QuantizerArguments& of_up,
                          const QuantizerArguments& of_product) {
-  const auto checked = check_quantized_glu(given_gate, given_up, activation, of_gate,
-                                           of_activation, of_up, of_product);
+  const auto checked = check_quantized_glu(given_gate, given_up, activation, of_gate, of_activation,
+                                           of_up, of_product);
   const c10::cuda::CUDAGuard guard(given_gate.device());
   if (!has_kernel(given_gate, checked)) {
     return quantized_glu_composite(given_gate, given_up, activation, of_gate, of_activation, of_up,
@@ -65,8 +65,8 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
   dispatch_types(gate, quantizers.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_glu_forward<S, P>(plan_for(gate, checked, false), quantizers.pointers<P>(), is_tanh(activation),
-                             input<S>(gate), input<S>(up), output<S>(out),
+    launch_glu_forward<S, P>(plan_for(gate, checked, false), quantizers.pointers<P>(),
+                             is_tanh(activation), input<S>(gate), input<S>(up), output<S>(out),
                              at::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -104,8 +104,7 @@ GluGradients quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gi
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   const auto& [g, a, u, p] = quantizers;
-  return {dgate,    dup,     g.first,  g.second, a.first,
-          a.second, u.first, u.second, p.first,  p.second};
+  return {dgate, dup, g.first, g.second, a.first, a.second, u.first, u.second, p.first, p.second};
 }
 
 }  // namespace

@@ -37,8 +37,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_rms_norm(const at::Tensor& given, c
     using P = decltype(range);
     launch_rms_norm_forward<S, P>(plan_for(x, false), quantizer.pointers<P>(), input<S>(x),
                                   input<S>(weight), eps, output<S>(out),
-                                  output<Compute<S>>(statistics),
-                                  at::cuda::getCurrentCUDAStream());
+                                  output<Compute<S>>(statistics), at::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {out, statistics};

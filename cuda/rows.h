@@ -26,7 +26,8 @@ inline int64_t rows_of(const at::Tensor& x) { return x.numel() / x.size(-1); }
 /// Whether it is a quantizer at the end of rows: none, one with one range, or one whose range is
 /// that of the whole row.
 inline bool is_of_rows(const std::optional<CheckedQuantizer>& quantizer, const at::Tensor& x) {
-  return !quantizer.has_value() || !quantizer->token || quantizer->group.value_or(x.size(-1)) == x.size(-1);
+  return !quantizer.has_value() || !quantizer->token ||
+         quantizer->group.value_or(x.size(-1)) == x.size(-1);
 }
 
 /// A quantizer, or none, as such kernels take it, and the gradients of its learned parameters.

@@ -21,8 +21,7 @@ class QuantizedGlu : public torch::autograd::Function<QuantizedGlu> {
                             at::TensorList, at::TensorList, at::TensorList, at::TensorList,
                             int64_t activation, const QuantizerArguments& of_gate,
                             const QuantizerArguments& of_activation,
-                            const QuantizerArguments& of_up,
-                            const QuantizerArguments& of_product) {
+                            const QuantizerArguments& of_up, const QuantizerArguments& of_product) {
     // The call below shall reach a kernel, not this function again.
     const at::AutoDispatchBelowADInplaceOrView guard;
     save(ctx, {gate, up}, {of_gate, of_activation, of_up, of_product});

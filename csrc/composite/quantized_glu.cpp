@@ -93,11 +93,13 @@ at::Tensor quantized_glu_composite(const at::Tensor& gate, const at::Tensor& up,
   return quantize(Steps(gate, up, activation, quantizers).product, quantizers.product);
 }
 
-GluGradients quantized_glu_backward_composite(
-    const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, int64_t activation,
-    const QuantizerArguments& of_gate, const QuantizerArguments& of_activation,
-    const QuantizerArguments& of_up, const QuantizerArguments& of_product,
-    std::array<bool, 10> needs) {
+GluGradients quantized_glu_backward_composite(const at::Tensor& grad, const at::Tensor& gate,
+                                              const at::Tensor& up, int64_t activation,
+                                              const QuantizerArguments& of_gate,
+                                              const QuantizerArguments& of_activation,
+                                              const QuantizerArguments& of_up,
+                                              const QuantizerArguments& of_product,
+                                              std::array<bool, 10> needs) {
   const auto quantizers = check_quantized_glu_backward(grad, gate, up, activation, of_gate,
                                                        of_activation, of_up, of_product);
   const Steps steps(gate, up, activation, quantizers);
@@ -105,9 +107,8 @@ GluGradients quantized_glu_backward_composite(
       quantize_backward(grad, steps.product, quantizers.product, needs[8], needs[9]);
   const auto [dup, up_first, up_second] =
       quantize_backward(dproduct * steps.activation, up, quantizers.up, needs[6], needs[7]);
-  const auto [dactivated, activation_first, activation_second] =
-      quantize_backward(dproduct * steps.up, steps.activated, quantizers.activation, needs[4],
-                        needs[5]);
+  const auto [dactivated, activation_first, activation_second] = quantize_backward(
+      dproduct * steps.up, steps.activated, quantizers.activation, needs[4], needs[5]);
   const auto [dgate, gate_first, gate_second] =
       quantize_backward(activate_backward(dactivated, steps.gate, activation), gate,
                         quantizers.gate, needs[2], needs[3]);

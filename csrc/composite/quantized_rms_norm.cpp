@@ -42,8 +42,7 @@ RmsNormGradients quantized_rms_norm_backward_composite(const at::Tensor& grad, c
   auto& [dx, dweight, unused_first, unused_second] = gradients;
   if (needs[0]) {
     const at::Tensor wide = widen(x), dnormalized = widen(dweighted) * widen(weight);
-    const at::Tensor along =
-        (dnormalized * wide).mean(-1, /*keepdim=*/true) * statistics.square();
+    const at::Tensor along = (dnormalized * wide).mean(-1, /*keepdim=*/true) * statistics.square();
     dx = (statistics * (dnormalized - wide * along)).to(x.scalar_type()).contiguous();
   }
   if (needs[1]) {

@@ -13,9 +13,8 @@ constexpr const char* kOp = "effective_scale_offset";
 std::vector<at::Tensor> as_list(std::string_view parameterization, at::TensorList parameters,
                                 int64_t bits, bool symmetric, bool sigmoid, double eps,
                                 bool full_range) {
-  const auto [scale, offset] =
-      effective_scale_offset(parameterization, parameters, bits, symmetric, sigmoid, eps,
-                             full_range);
+  const auto [scale, offset] = effective_scale_offset(parameterization, parameters, bits, symmetric,
+                                                      sigmoid, eps, full_range);
   return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
                             : std::vector<at::Tensor>{scale};
 }

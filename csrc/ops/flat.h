@@ -52,8 +52,7 @@ inline std::string granular_quantizer_schema() {
 
 template <>
 struct Flat<const QuantizerArguments&> {
-  using Types =
-      std::tuple<at::TensorList, int64_t, int64_t, double, bool, std::optional<int64_t>>;
+  using Types = std::tuple<at::TensorList, int64_t, int64_t, double, bool, std::optional<int64_t>>;
   static Types write(const QuantizerArguments& q) {
     return {q.ranges, q.parameterization, q.bits, q.eps, q.token, q.group};
   }
@@ -74,14 +73,13 @@ struct Flat<const RangeArguments&> {
   using Types = std::tuple<std::string_view, at::TensorList, int64_t, bool, bool, double, bool,
                            bool, std::optional<int64_t>>;
   static Types write(const RangeArguments& r) {
-    return {r.parameterization, r.parameters, r.bits,  r.symmetric, r.sigmoid, r.eps,
+    return {r.parameterization, r.parameters, r.bits, r.symmetric, r.sigmoid, r.eps,
             r.full_range,       r.token,      r.group};
   }
   static RangeArguments read(std::string_view parameterization, at::TensorList parameters,
                              int64_t bits, bool symmetric, bool sigmoid, double eps,
                              bool full_range, bool token, std::optional<int64_t> group) {
-    return {parameterization, parameters, bits,  symmetric, sigmoid, eps,
-            full_range,       token,      group};
+    return {parameterization, parameters, bits, symmetric, sigmoid, eps, full_range, token, group};
   }
 };
 

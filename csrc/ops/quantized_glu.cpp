@@ -11,7 +11,8 @@ namespace {
 constexpr const char* kOp = "quantized_glu";
 
 at::Tensor in_schema_order(const at::Tensor& gate, const at::Tensor& up,
-                           std::string_view activation, const std::optional<RangeArguments>& of_gate,
+                           std::string_view activation,
+                           const std::optional<RangeArguments>& of_gate,
                            const std::optional<RangeArguments>& of_activation,
                            const std::optional<RangeArguments>& of_up,
                            const std::optional<RangeArguments>& of_product) {

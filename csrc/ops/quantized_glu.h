@@ -25,19 +25,18 @@ using GluGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, 
                                 at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline constexpr Op<"asymq::_quantized_glu",
-                    at::Tensor(const at::Tensor& gate, const at::Tensor& up, int64_t activation,
-                               const QuantizerArguments& of_gate,
-                               const QuantizerArguments& of_activation,
-                               const QuantizerArguments& of_up,
-                               const QuantizerArguments& of_product)>
+                    at::Tensor(
+                        const at::Tensor& gate, const at::Tensor& up, int64_t activation,
+                        const QuantizerArguments& of_gate, const QuantizerArguments& of_activation,
+                        const QuantizerArguments& of_up, const QuantizerArguments& of_product)>
     quantized_glu_op;
 
-inline constexpr Op<
-    "asymq::_quantized_glu_backward",
-    GluGradients(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
-                 int64_t activation, const QuantizerArguments& of_gate,
-                 const QuantizerArguments& of_activation, const QuantizerArguments& of_up,
-                 const QuantizerArguments& of_product, std::array<bool, 10> needs)>
+inline constexpr Op<"asymq::_quantized_glu_backward",
+                    GluGradients(
+                        const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
+                        int64_t activation, const QuantizerArguments& of_gate,
+                        const QuantizerArguments& of_activation, const QuantizerArguments& of_up,
+                        const QuantizerArguments& of_product, std::array<bool, 10> needs)>
     quantized_glu_backward_op;
 
 /// Sizes may be symbolic.
@@ -61,10 +60,12 @@ at::Tensor quantized_glu_composite(const at::Tensor& gate, const at::Tensor& up,
                                    const QuantizerArguments& of_activation,
                                    const QuantizerArguments& of_up,
                                    const QuantizerArguments& of_product);
-GluGradients quantized_glu_backward_composite(
-    const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, int64_t activation,
-    const QuantizerArguments& of_gate, const QuantizerArguments& of_activation,
-    const QuantizerArguments& of_up, const QuantizerArguments& of_product,
-    std::array<bool, 10> needs);
+GluGradients quantized_glu_backward_composite(const at::Tensor& grad, const at::Tensor& gate,
+                                              const at::Tensor& up, int64_t activation,
+                                              const QuantizerArguments& of_gate,
+                                              const QuantizerArguments& of_activation,
+                                              const QuantizerArguments& of_up,
+                                              const QuantizerArguments& of_product,
+                                              std::array<bool, 10> needs);
 
 }  // namespace asymq

@@ -22,8 +22,9 @@ std::optional<CheckedQuantizer> check_quantized_rms_norm(const at::Tensor& x,
                                                          const QuantizerArguments& output) {
   constexpr Where where{kOp};
   check_elements(where, "x", x);
-  TORCH_CHECK(x.dim() > 0, where,
-              ": x must have at least one dimension, the last of which is normalized, got shape []");
+  TORCH_CHECK(
+      x.dim() > 0, where,
+      ": x must have at least one dimension, the last of which is normalized, got shape []");
   TORCH_CHECK(weight.dim() == 1 && weight.sym_size(0) == x.sym_size(-1), where,
               ": weight must have one element for each of the last axis of x, shape [",
               x.sym_size(-1), "], got ", weight.sym_sizes());

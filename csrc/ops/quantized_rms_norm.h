@@ -16,10 +16,9 @@ namespace asymq {
 using RmsNormGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 /// The result, and of each row 1 / sqrt(mean square + eps), of the shape [..., 1].
-inline constexpr Op<"asymq::_quantized_rms_norm",
-                    std::tuple<at::Tensor, at::Tensor>(
-                        const at::Tensor& x, const at::Tensor& weight, double eps,
-                        const QuantizerArguments& output)>
+inline constexpr Op<"asymq::_quantized_rms_norm", std::tuple<at::Tensor, at::Tensor>(
+                                                      const at::Tensor& x, const at::Tensor& weight,
+                                                      double eps, const QuantizerArguments& output)>
     quantized_rms_norm_op;
 
 inline constexpr Op<"asymq::_quantized_rms_norm_backward",

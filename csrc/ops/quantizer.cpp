@@ -31,7 +31,10 @@ QuantizerArguments by_position(const char* op, const RangeArguments& range) {
   return {range.parameters,
           find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid,
                                 range.full_range),
-          range.bits, range.eps, range.token, range.group};
+          range.bits,
+          range.eps,
+          range.token,
+          range.group};
 }
 
 QuantizerArguments by_position(const char* op, const std::optional<RangeArguments>& range) {

@@ -40,8 +40,8 @@ struct GranularQuantizer {
 inline constexpr int64_t kNoQuantizer = -1;
 
 /// A quantizer as the operators have it that do more than quantize. ranges: the tensors that the
-/// parameterization has, in the order of Traits; of a token's range the factors alone. token, group:
-/// as in RangeArguments.
+/// parameterization has, in the order of Traits; of a token's range the factors alone. token,
+/// group: as in RangeArguments.
 struct QuantizerArguments {
   at::TensorList ranges;
   int64_t parameterization, bits;
@@ -63,8 +63,7 @@ struct ListedRanges {
 
   /// Throws, naming op and parameter, where the list does not have what the traits say. token: it
   /// has no constants.
-  ListedRanges(const char* op, const Traits& traits, at::TensorList list,
-               bool token = false);
+  ListedRanges(const char* op, const Traits& traits, at::TensorList list, bool token = false);
 
   RangeTensors tensors() const { return {first, second, min, max}; }
 };

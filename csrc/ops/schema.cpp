@@ -115,9 +115,8 @@ TORCH_LIBRARY(asymq, m) {
   // statistics: of each row 1 / sqrt(mean square + eps).
   define("_quantized_rms_norm(Tensor x, Tensor weight, float eps, " + quantizer_schema("output_") +
          ") -> (Tensor normalized, Tensor statistics)");
-  define(
-      "_quantized_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics, " +
-      quantizer_schema("output_") + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  define("_quantized_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics, " +
+         quantizer_schema("output_") + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
   const std::string glu = "Tensor gate, Tensor up, int activation, " + quantizer_schema("gate_") +
                           ", " + quantizer_schema("activation_") + ", " + quantizer_schema("up_") +
                           ", " + quantizer_schema("product_");

@@ -107,10 +107,9 @@ __device__ __forceinline__ void with_sites(const GluRowQuantizers<P>& quantizers
     const auto up = site(quantizers.up);
     if constexpr (std::is_same_v<T, float>) {
       if (has_reciprocal(gate.grid) && has_reciprocal(activation.grid) && has_reciprocal(up.grid)) {
-        return body(Sites<S, ReciprocalGrid>{
-            {gate.exists, make_reciprocal(gate.grid)},
-            {activation.exists, make_reciprocal(activation.grid)},
-            {up.exists, make_reciprocal(up.grid)}});
+        return body(Sites<S, ReciprocalGrid>{{gate.exists, make_reciprocal(gate.grid)},
+                                             {activation.exists, make_reciprocal(activation.grid)},
+                                             {up.exists, make_reciprocal(up.grid)}});
       }
     }
     body(Sites<S, Grid<T>>{gate, activation, up});
@@ -205,8 +204,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_forward(Glu<S, P> op) {
 }
 
 template <bool kTanh, bool kInner, class S, class P>
-__global__ void __launch_bounds__(kTeamThreads, 1)
-    glu_backward(Glu<S, P> op) {
+__global__ void __launch_bounds__(kTeamThreads, 1) glu_backward(Glu<S, P> op) {
   allow_overlap();
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>, kHeld = kGluVectors<kInner>;
@@ -318,8 +316,7 @@ __global__ void __launch_bounds__(kFinishThreads) glu_finish(Glu<S, P> op) {
                                      : blockIdx.x == 2 ? up
                                                        : product;
   if (!quantizer.learns()) return;
-  finish_row_sums<Compute<S>>(quantizer, op.partials + blockIdx.x * op.plan.blocks,
-                              op.plan.blocks);
+  finish_row_sums<Compute<S>>(quantizer, op.partials + blockIdx.x * op.plan.blocks, op.plan.blocks);
 }
 
 template <bool kBackward, bool kTanh, bool kInner, class S, class P>
@@ -335,7 +332,7 @@ void launch(const Glu<S, P>& op, bool tanh, cudaStream_t stream) {
   const auto kernel = op.quantizers.inner() ? tanh ? launch_kernel<kBackward, true, true, S, P>
                                                    : launch_kernel<kBackward, false, true, S, P>
                       : tanh ? launch_kernel<kBackward, true, false, S, P>
-                             : launch_kernel<kBackward, false, false, S, P>;
+                                            : launch_kernel<kBackward, false, false, S, P>;
   kernel(op, stream);
 }
 
@@ -351,8 +348,8 @@ template <class S, class P>
 void launch_glu_backward(const RowPlan& plan, const GluRowQuantizers<P>& quantizers, bool tanh,
                          const S* grad, const S* gate, const S* up, S* dgate, S* dup,
                          double* workspace, cudaStream_t stream) {
-  const Glu<S, P> op{plan, quantizers, grad,  gate,
-                     up,   dgate,      dup,   reinterpret_cast<Sums<double>*>(workspace)};
+  const Glu<S, P> op{plan, quantizers, grad, gate,
+                     up,   dgate,      dup,  reinterpret_cast<Sums<double>*>(workspace)};
   launch<true>(op, tanh, stream);
   const auto& [of_gate, of_activation, of_up, of_product] = quantizers;
   if (of_gate.learns() || of_activation.learns() || of_up.learns() || of_product.learns()) {
@@ -361,10 +358,10 @@ void launch_glu_backward(const RowPlan& plan, const GluRowQuantizers<P>& quantiz
   }
 }
 
-#define ASYMQ_INSTANTIATE(S, P)                                                                   \
-  template void launch_glu_forward(const RowPlan&, const GluRowQuantizers<P>&, bool, const S*,    \
-                                   const S*, S*, cudaStream_t);                                   \
-  template void launch_glu_backward(const RowPlan&, const GluRowQuantizers<P>&, bool, const S*,   \
+#define ASYMQ_INSTANTIATE(S, P)                                                                 \
+  template void launch_glu_forward(const RowPlan&, const GluRowQuantizers<P>&, bool, const S*,  \
+                                   const S*, S*, cudaStream_t);                                 \
+  template void launch_glu_backward(const RowPlan&, const GluRowQuantizers<P>&, bool, const S*, \
                                     const S*, const S*, S*, S*, double*, cudaStream_t);
 ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
 #undef ASYMQ_INSTANTIATE

@@ -44,8 +44,7 @@ struct RowVectors {
 };
 
 template <class S, class P>
-__global__ void __launch_bounds__(kTeamThreads, 2)
-    rms_norm_forward(RmsNorm<S, P> op) {
+__global__ void __launch_bounds__(kTeamThreads, 2) rms_norm_forward(RmsNorm<S, P> op) {
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
   const RowPlan& plan = op.plan;
@@ -96,8 +95,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
 }
 
 template <class S, class P>
-__global__ void __launch_bounds__(kTeamThreads, 1)
-    rms_norm_backward(RmsNorm<S, P> op) {
+__global__ void __launch_bounds__(kTeamThreads, 1) rms_norm_backward(RmsNorm<S, P> op) {
   allow_overlap();
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
@@ -165,12 +163,10 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       const int at = rank + u * plan.team;
       if (at >= vectors) continue;
       const auto weight = load_words<S, true>(op.weight + at * kCount);
-      store_words<S, true>(op.out + offset + at * kCount,
-                           map_words<S>(
-                               [&](int, T g, T value, T w) {
-                                 return statistic * (g * w - value * along);
-                               },
-                               grad.words[u], x.words[u], weight));
+      store_words<S, true>(
+          op.out + offset + at * kCount,
+          map_words<S>([&](int, T g, T value, T w) { return statistic * (g * w - value * along); },
+                       grad.words[u], x.words[u], weight));
     }
   }
   if (op.dweight != nullptr) {
@@ -243,8 +239,9 @@ void launch_rms_norm_backward(const RowPlan& plan, const RowQuantizer<P>& output
                               S* dweight, double* workspace, Compute<S>* weight_sums,
                               cudaStream_t stream) {
   auto* partials = reinterpret_cast<Sums<double>*>(workspace);
-  RmsNorm<S, P> op{plan, output, grad,    x,        weight,     dx, const_cast<Compute<S>*>(statistics),
-                   0,    dweight, partials, weight_sums};
+  RmsNorm<S, P> op{
+      plan, output,  grad,     x,          weight, dx, const_cast<Compute<S>*>(statistics),
+      0,    dweight, partials, weight_sums};
   if (plan.blocks > 0) {
     rms_norm_backward<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(op);
   }
@@ -255,11 +252,11 @@ void launch_rms_norm_backward(const RowPlan& plan, const RowQuantizer<P>& output
   }
 }
 
-#define ASYMQ_INSTANTIATE(S, P)                                                                    \
-  template void launch_rms_norm_forward(const RowPlan&, const RowQuantizer<P>&, const S*,          \
-                                        const S*, double, S*, Compute<S>*, cudaStream_t);          \
-  template void launch_rms_norm_backward(const RowPlan&, const RowQuantizer<P>&, const S*,         \
-                                         const S*, const S*, const Compute<S>*, S*, S*, double*,   \
+#define ASYMQ_INSTANTIATE(S, P)                                                                  \
+  template void launch_rms_norm_forward(const RowPlan&, const RowQuantizer<P>&, const S*,        \
+                                        const S*, double, S*, Compute<S>*, cudaStream_t);        \
+  template void launch_rms_norm_backward(const RowPlan&, const RowQuantizer<P>&, const S*,       \
+                                         const S*, const S*, const Compute<S>*, S*, S*, double*, \
                                          Compute<S>*, cudaStream_t);
 ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE)
 #undef ASYMQ_INSTANTIATE

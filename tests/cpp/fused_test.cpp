@@ -1,5 +1,5 @@
-// The quantized GELU and cross-entropy against the composition of our own functions, and their
-// arguments.
+// The quantized GELU, cross-entropy, RMSNorm and gated unit against the composition of our own
+// functions, and their arguments.
 #include "support.h"
 
 namespace asymq_test {
@@ -63,6 +63,48 @@ TEST_P(FusedTest, CrossEntropyEqualsTheComposition) {
   }
 }
 
+TEST_P(FusedTest, RmsNormEqualsTheComposition) {
+  const Tensor values = at::randn({6, 64}).to(device()).requires_grad_();
+  const Tensor weight = (1 + at::randn({64}) / 4).to(device()).requires_grad_();
+  const Tensor normalized = values * at::rsqrt(values.square().mean(-1, true) + 1e-5);
+  const Tensor raw = weight * normalized;
+  const Tensor want = asymq::fake_quantize_dynamic_beta_gamma(raw, beta, gamma, {}, 8);
+  const Tensors factors{beta, gamma};
+  RangeArguments token{"beta_gamma", factors, 8};
+  token.token = true;
+  const Tensor got = asymq::quantized_rms_norm(values, weight, token, 1e-5);
+  EXPECT_LE((got - want).abs().max().item<float>(), raw.abs().max().item<float>() / 100);
+  EXPECT_LE(at::count_nonzero((got - want).abs() > 1e-5).item<int64_t>(), 1);
+  const Tensor grad = at::randn({6, 64}).to(device());
+  const Tensors leaves{values, weight, beta, gamma};
+  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
+  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    EXPECT_TRUE(close(grads[i], expected[i], 4 * grad.abs().sum(), 1e-6)) << i;
+  }
+  const Tensor plain = asymq::quantized_rms_norm(values, weight, {}, 1e-5);
+  EXPECT_TRUE(close(plain, raw, raw.abs().max(), 1e-6));
+}
+
+TEST_P(FusedTest, GluEqualsTheComposition) {
+  const Tensor up = at::randn({6, 41}).to(device()).requires_grad_();
+  const Tensor gated = at::silu(asymq::fake_quantize_min_max(x, min, max, 8));
+  const Tensor product = gated * up;
+  const Tensor want = asymq::fake_quantize_beta_gamma(product, beta, gamma, low, high, 8);
+  const Tensors ends{min, max}, factors{beta, gamma, low, high};
+  const Tensor got = asymq::quantized_glu(x, up, RangeArguments{"beta_gamma", factors, 8}, "silu",
+                                          RangeArguments{"min_max", ends, 8});
+  EXPECT_LE((got - want).abs().max().item<float>(), 2.0f / 255);
+  EXPECT_LE(at::count_nonzero((got - want).abs() > 1e-5).item<int64_t>(), 1);
+  const Tensor grad = at::randn({6, 41}).to(device());
+  const Tensors leaves{x, up, min, max, beta, gamma};
+  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
+  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    EXPECT_TRUE(close(grads[i], expected[i], 4 * grad.abs().sum(), 1e-6)) << i;
+  }
+}
+
 TEST_P(FusedTest, Errors) {
   const Tensors ends{min, max}, wide{min.expand({2}), max.expand({2})}, few{min};
   const Tensors constants{beta, gamma, low, high.clone().requires_grad_()};
@@ -77,6 +119,30 @@ TEST_P(FusedTest, Errors) {
   gelu(x, range, {"min_max", few, 8}, {"min_max", "max", "1"});
   gelu(x, range, {"min_max", ends, 17}, {"output's", "bits", "17"});
   gelu(x, range, {"beta_gamma", constants, 8}, {"beta_gamma", "max", "grad"});
+
+  const Tensor weight = at::ones({41}).to(device());
+  const auto norm = [&](const Tensor& of, const Tensor& weight, const RangeArguments& output,
+                        std::vector<std::string> parts) {
+    parts.push_back("asymq::quantized_rms_norm");
+    expect_error([&] { asymq::quantized_rms_norm(of, weight, output); }, parts);
+  };
+  const Tensors factors{beta, gamma};
+  RangeArguments groups{"beta_gamma", factors, 8};
+  groups.token = true;
+  groups.group = 5;
+  norm(x, weight.slice(0, 1), range, {"weight", "[41]", "[40]"});
+  norm(x, weight.to(at::kDouble), range, {"weight", "Float", "Double"});
+  norm(x, weight, groups, {"output's", "group", "41", "5"});
+  gelu(x, range, groups, {"output's", "one range"});
+  const auto glu = [&](const Tensor& up, const char* activation,
+                       const std::optional<RangeArguments>& product,
+                       std::vector<std::string> parts) {
+    parts.push_back("asymq::quantized_glu");
+    expect_error([&] { asymq::quantized_glu(x, up, product, activation); }, parts);
+  };
+  glu(x[0], "silu", range, {"up", "[6, 41]", "[41]"});
+  glu(x, "relu", range, {"activation", "relu"});
+  glu(x, "silu", RangeArguments{"beta_gamma", constants, 8}, {"beta_gamma", "max", "grad"});
 
   const Tensor labels = at::zeros({6}, at::kLong).to(device());
   const auto loss = [&](const Tensor& logits, const Tensor& labels, const RangeArguments& range,

@@ -248,9 +248,15 @@ def test_errors(device):
     for message, call in (
         (r"x must have at least one dimension.* got shape \[\]", (x.sum(), weight, range_)),
         ("x must be float32", (x.long(), weight, range_)),
-        (r"weight must have one element for each.* shape \[48\], got \[47\]", (x, weight[1:], range_)),
+        (
+            r"weight must have one element for each.* shape \[48\], got \[47\]",
+            (x, weight[1:], range_),
+        ),
         ("weight must be Float .* like x, got Double", (x, weight.double(), range_)),
-        ("output's beta_gamma: group must divide .* 48 elements, got 5", (x, weight, range_._replace(group=5))),
+        (
+            "output's beta_gamma: group must divide .* 48 elements, got 5",
+            (x, weight, range_._replace(group=5)),
+        ),
         ("output's beta_gamma: bits must be between 2", (x, weight, range_._replace(bits=1))),
         ("output's min_max: a live range needs factors", (x, weight, stored._replace(token=True))),
         ("beta_gamma needs the parameter min", (x, weight, range_._replace(token=False))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from asymq.layers.quantized import Quantized
@@ -26,6 +28,15 @@ def is_tanh_gelu(module: nn.Module) -> bool:
         "NewGELUActivation",
         "GELUTanh",
     )
+
+
+def gating_function(module: nn.Module) -> Literal["silu", "gelu_tanh"] | None:
+    """What it is to `ops.quantized_glu`; None: something else."""
+    if is_tanh_gelu(module):
+        return "gelu_tanh"
+    cls = module.float_class if isinstance(module, Quantized) else type(module)
+    named = cls.__module__ == "transformers.activations" and cls.__name__ == "SiLUActivation"
+    return "silu" if cls is nn.SiLU or named else None
 
 
 @quantizes(nn.TransformerEncoderLayer)

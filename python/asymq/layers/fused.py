@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymq import ops
+from asymq.layers.activation import gating_function
+from asymq.layers.quantized import Quantized
 from asymq.quantizers import Quantizer, apply, is_unobserved
 
 Child = TypeVar("Child", bound=nn.Module)
@@ -20,13 +22,26 @@ _HIDES_IN_BFLOAT16 = torch.tensor(HIDES, dtype=torch.bfloat16).item()
 
 
 def ranges_of(*quantizers: Quantizer | None) -> list[ops.RangeArguments] | None:
-    """What one kernel takes for all of these; None where they must be called one by one."""
+    """What one kernel takes for all of these, each with a stored range; None where they must be
+    called one by one."""
     ranges = []
     for quantizer in quantizers:
-        if quantizer is None or not quantizer.fusible:
+        if quantizer is None or quantizer.live or not quantizer.fusible:
             return None
         ranges.append(quantizer.range_arguments())
     return ranges
+
+
+def may_replace(*quantizers: Quantizer | None) -> bool:
+    """Whether one kernel may do what these would do, of which some exist: a kernel that can do
+    without any of them, and knows ranges of tokens."""
+    there = [quantizer for quantizer in quantizers if quantizer is not None]
+    one_dtype = len({quantizer.range_dtype for quantizer in there}) == 1
+    return one_dtype and all(quantizer.fusible for quantizer in there)
+
+
+def _range_of(quantizer: Quantizer | None) -> ops.RangeArguments | None:
+    return None if quantizer is None else quantizer.range_arguments()
 
 
 def may_skip(child: nn.Module, cls: type[Child]) -> TypeGuard[Child]:
@@ -41,6 +56,44 @@ def gelu(x: Tensor, before: Quantizer | None, after: Quantizer | None) -> Tensor
     if ranges is not None:
         return ops.quantized_gelu(x, *ranges)
     return apply(after, F.gelu(apply(before, x), approximate="tanh"))
+
+
+def glu(
+    gate: Tensor,
+    up: Tensor,
+    activation: nn.Module,
+    of_gate: Quantizer | None,
+    of_up: Quantizer | None,
+    of_product: Quantizer | None,
+) -> Tensor:
+    """of_product(activation(of_gate(gate)) * of_up(up)), of any shape."""
+    function, of_activation = gating_function(activation), None
+    if isinstance(activation, Quantized):
+        of_activation = getattr(activation, "output_quantizer", None)
+    quantizers = of_gate, of_activation, of_up, of_product
+    stored = not any(quantizer is not None and quantizer.live for quantizer in quantizers[:3])
+    if function and stored and may_replace(*quantizers) and is_unobserved(activation):
+        ranges = [_range_of(quantizer) for quantizer in quantizers]
+        return ops.quantized_glu(
+            gate,
+            up,
+            ranges[3],
+            activation=function,
+            gate_range=ranges[0],
+            activation_range=ranges[1],
+            up_range=ranges[2],
+        )
+    return apply(of_product, activation(apply(of_gate, gate)) * apply(of_up, up))
+
+
+def may_normalize(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
+    """Whether `rms_norm` may take these. (LlamaRMSNorm computes in float32 whatever x is.)"""
+    return x.dtype == weight.dtype != torch.float64 and may_replace(quantizer)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> Tensor:
+    """quantizer(weight * x / rms(x)) as LlamaRMSNorm computes it, of a weight that is quantized."""
+    return ops.quantized_rms_norm(x, weight, _range_of(quantizer), eps=eps)
 
 
 def softmax(

@@ -64,7 +64,13 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """What the forward returns, before its quantizer."""
-        x = apply(self.input_quantizer, x)
+        return self._multiply(apply(self.input_quantizer, x))
+
+    def forward_quantized(self, x: Tensor) -> Tensor:
+        """The forward of an x that is quantized already."""
+        return self.quantize_output(self._multiply(x))
+
+    def _multiply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantized_weight(), self.bias)
 
 

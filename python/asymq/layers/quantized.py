@@ -31,6 +31,8 @@ class Quantized(nn.Module):
     kinds: ClassVar[Mapping[str, str]] = {}
     float_class: ClassVar[type[nn.Module]]
     public: ClassVar[bool] = False
+    # Whether its forward may quantize what its layers are given, in one with what comes before.
+    quantizes_ahead: ClassVar[bool] = False
     # Of a class made at run time: what was put into its module, in that order.
     _bases: ClassVar[tuple[type[Quantized], ...]] = ()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from inspect import Parameter, signature
 from itertools import permutations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from asymq.layers import Quantized
-from asymq.models.steps import INPUT, call_of, chained, product_of, read
-from asymq.quantizers import Quantizer, apply
+from asymq.layers import Quantized, QuantLinear, fused
+from asymq.layers.norm import normalize_into
+from asymq.models.steps import INPUT, call_of, chained, product_of, read, readers
+from asymq.quantizers import Quantizer, apply, is_unobserved
 
 
 class Layer(NamedTuple):
@@ -53,6 +55,7 @@ class QuantDecoderLayer(Quantized):
     """A layer of a decoder that quantizes both residual sums."""
 
     sites = ("attention_sum_quantizer", "mlp_sum_quantizer")
+    quantizes_ahead = True
     attention_sum_quantizer: Quantizer | None
     mlp_sum_quantizer: Quantizer | None
 
@@ -71,16 +74,49 @@ class QuantDecoderLayer(Quantized):
             kwargs = defaults | kwargs | dict(zip(names, args, strict=False))
             kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
             x = residual = hidden_states
-            for step in steps:
+            # Within which the next step may be given what its layers' quantizer has quantized.
+            quantized: AbstractContextManager = nullcontext()
+            for step, following in zip(steps, (*steps[1:], None), strict=True):
                 if step in cls.sites:
                     x = residual = apply(getattr(self, step), residual + x)
-                elif step == attention:
-                    x = getattr(self, step)(x, **kwargs)[0]
-                else:
-                    x = getattr(self, step)(x)
+                    continue
+                module = getattr(self, step)
+                quantizer = None if following is None else shared_input(getattr(self, following))
+                if quantizer is not None:
+                    y = normalize_into(module, x, quantizer)
+                    if y is not None:
+                        x, quantized = y, quantizer.provided(y)
+                        continue
+                with quantized:
+                    x = module(x, **kwargs)[0] if step == attention else module(x)
+                quantized = nullcontext()
             return x
 
         return {"forward": forward}
+
+
+def shared_input(module: nn.Module | None) -> Quantizer | None:
+    """The quantizer that a module's layers share, of what the module is given; None: there is none,
+    something else in the module reads that too, or somebody would notice if they were given what
+    is quantized already."""
+    if module is None or not is_unobserved(module):
+        return None
+    cls = module.float_class if isinstance(module, Quantized) else type(module)
+    layers = [getattr(module, name) for name in readers(cls)]
+    if not layers or not all(fused.may_skip(layer, QuantLinear) for layer in layers):
+        return None
+    quantizer = layers[0].input_quantizer
+    if quantizer is None or any(layer.input_quantizer is not quantizer for layer in layers):
+        return None
+    fits = quantizer.users == len(layers) and quantizer.shares and quantizer.fusible
+    return quantizer if fits else None
+
+
+def before_quantizer(layer: nn.Module, x: Tensor) -> tuple[Tensor, Quantizer | None]:
+    """What a layer computes, and the quantizer that is still to come."""
+    if fused.may_skip(layer, QuantLinear):
+        return layer.product(x), layer.output_quantizer
+    return layer(x), None
 
 
 class GatedMLP(NamedTuple):
@@ -113,6 +149,7 @@ class QuantGatedMLP(Quantized):
     """An MLP that quantizes the product of its two halves."""
 
     sites = ("product_quantizer",)
+    quantizes_ahead = True
     product_quantizer: Quantizer | None
 
     @classmethod
@@ -122,11 +159,17 @@ class QuantGatedMLP(Quantized):
 
         @functools.wraps(float_class.forward)
         def forward(self, x: Tensor) -> Tensor:
-            gate, up = getattr(self, names.gate)(x), None
-            if not names.up:
-                gate, up = gate.chunk(2, dim=-1)
-            gate = getattr(self, names.act)(gate)
-            up = getattr(self, names.up)(x) if names.up else up
-            return getattr(self, names.down)(apply(self.product_quantizer, gate * up))
+            gate, of_gate = before_quantizer(getattr(self, names.gate), x)
+            if names.up:
+                up, of_up = before_quantizer(getattr(self, names.up), x)
+            else:
+                (gate, up), of_gate, of_up = apply(of_gate, gate).chunk(2, dim=-1), None, None
+            act, down = getattr(self, names.act), getattr(self, names.down)
+            # What quantizes the product, and what is left of `down`.
+            if self.product_quantizer is None and fused.may_skip(down, QuantLinear):
+                of_product, rest = down.input_quantizer, down.forward_quantized
+            else:
+                of_product, rest = self.product_quantizer, down
+            return rest(fused.glu(gate, up, act, of_gate, of_up, of_product))
 
         return {"forward": forward}

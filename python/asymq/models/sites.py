@@ -326,9 +326,11 @@ class Plan:
                 )
 
     def apply(self) -> None:
-        """A module that gets none of its quantizers stays what it is."""
+        """A module that gets none of its quantizers stays what it is, but for one that has the
+        inputs of its layers quantized ahead of them."""
         for change in self._changes.values():
-            if any(change.quantizers.values()) or not change.base.sites:
+            ahead = change.base.quantizes_ahead and self.config.input is not None
+            if any(change.quantizers.values()) or not change.base.sites or ahead:
                 put_in(change.module, change.base, change.quantizers)
 
 

@@ -37,16 +37,57 @@ def read(cls: type[nn.Module]) -> Forward:
     return _READ[cls]
 
 
-def _read(cls: type[nn.Module]) -> Forward:
+def source_of(cls: type[nn.Module]) -> ast.FunctionDef | None:
+    """The forward of a float class; None: it has no source, or not that of one function of self and
+    an argument."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
         function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):  # no source, or not that of one function
-        return Forward((), None, {})
+    except (OSError, TypeError, SyntaxError):
+        return None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
+        return None
+    return function
+
+
+def _read(cls: type[nn.Module]) -> Forward:
+    function = source_of(cls)
+    if function is None:
         return Forward((), None, {})
     reader = _Reader(function)
     return Forward(tuple(reader.steps), reader.result, reader.passed)
+
+
+def readers(cls: type[nn.Module]) -> frozenset[str]:
+    """The submodules that a forward hands its first argument to as it came; empty where it does
+    anything else with it than to look at its shape, dtype or device, or cannot be read."""
+    if cls not in _READERS:
+        _READERS[cls] = _find_readers(cls)
+    return _READERS[cls]
+
+
+_READERS: dict[type, frozenset[str]] = {}
+
+
+def _find_readers(cls: type[nn.Module]) -> frozenset[str]:
+    function = source_of(cls)
+    if function is None:
+        return frozenset()
+    first = function.args.args[1].arg
+    calls, looks, names = set(), set(), set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and node.id == first:
+            names.add(node)
+        elif isinstance(node, ast.Attribute) and node.attr in ("shape", "dtype", "device"):
+            looks.add(node.value)
+        elif isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+            called = node.func
+            if isinstance(called, ast.Attribute) and ast.unparse(called.value) == "self":
+                calls.add((called.attr, node.args[0]))
+    given = {x for _, x in calls}
+    if any(isinstance(x.ctx, ast.Store) or x not in given | looks for x in names):
+        return frozenset()
+    return frozenset(name for name, x in calls if x in names)
 
 
 def sum_of(a: str, b: str) -> str:

@@ -32,6 +32,11 @@ class Granularity(ABC):
     # the range tensors are factors that all tokens share.
     of_tokens: ClassVar[bool] = False
 
+    @property
+    def of_whole_tokens(self) -> bool:
+        """Whether that range is one for the whole token."""
+        return self.of_tokens and self.options()["group"] is None
+
     @abstractmethod
     def of_weight(
         self, owner: str, shape: Sequence[int], channel_axis: int, reduction_axis: int

@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from asymq import ops
 from asymq.quantizers import functions
-from asymq.quantizers.sharing import once
+from asymq.quantizers.sharing import once, provided, results
 from asymq.quantizers.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ class Quantizer(nn.Module):
         return (*tensors, *((torch.maximum(-low, high),) if self.spec.symmetric else (low, high)))
 
     def range_arguments(self) -> ops.RangeArguments:
-        """A stored range as operators take it that do more than quantize. RuntimeError if
-        uncalibrated."""
+        """As operators take it that do more than quantize: a stored range, or that of each token.
+        RuntimeError if uncalibrated."""
         if not self.reached:
             self._reach()
         if not self.calibrated:
@@ -200,6 +201,7 @@ class Quantizer(nn.Module):
             spec.sigmoid,
             spec.eps,
             spec.full_range,
+            token=self.live,
         )
 
     def shape_on(self, x: Tensor) -> torch.Size:
@@ -357,14 +359,24 @@ class Quantizer(nn.Module):
     @property
     def fusible(self) -> bool:
         """Whether a kernel that does more than quantize does what this quantizer would do now, and
-        nobody can notice that it is not called."""
+        nobody can notice that it is not called. Where it is live, a kernel that knows tokens."""
         return (
             self._state == QUANTIZING
-            and not self.live
             and self.range_shape.numel() == 1
+            and (not self.live or self.spec.granularity.of_whole_tokens)
             and functions.may_fuse()
             and is_unobserved(self)
         )
+
+    @property
+    def shares(self) -> bool:
+        """Whether it quantizes a tensor once for several users in the forward that is going on."""
+        return self.users > 1 and results() is not None
+
+    def provided(self, x: Tensor) -> AbstractContextManager[None]:
+        """Within it, this quantizer, which `shares`, returns x itself to all of its users: it is
+        the result of a kernel that did what this quantizer does."""
+        return provided(self, self.uses, x, list(self.range_tensors().values()))
 
     def _reach(self) -> None:
         if not torch.compiler.is_compiling():

@@ -62,12 +62,37 @@ def once(
     kept = results()
     if kept is None:
         return quantize(x)
-    key = (id(owner), id(x), *(_version(t) for t in (x, *ranges)), *_circumstances())
+    key = _key(owner, x, ranges)
     # Beside x, which must live as long as its identity stands for it.
     result, _, left = kept.pop(key, None) or (quantize(x), x, uses)
     if left > 1:
         kept[key] = result, x, left - 1
     return result
+
+
+@contextmanager
+def provided(owner: object, uses: float, x: Tensor, ranges: list[Tensor]) -> Iterator[None]:
+    """Within it, `once` returns x itself to the `uses` of `owner`: x is quantized already, by a
+    kernel that did more than that. RuntimeError at its end: they were fewer, and x may have been
+    quantized twice."""
+    kept = results()
+    assert kept is not None
+    key = _key(owner, x, ranges)
+    kept[key] = x, x, uses
+    try:
+        yield
+    except BaseException:
+        kept.pop(key, None)
+        raise
+    if kept.pop(key, None) is not None:
+        raise RuntimeError(
+            "asymq: a tensor that was quantized in advance did not reach all of its layers as it "
+            "was; call asymq.use_functions('unfused') first"
+        )
+
+
+def _key(owner: object, x: Tensor, ranges: list[Tensor]) -> tuple:
+    return (id(owner), id(x), *(_version(t) for t in (x, *ranges)), *_circumstances())
 
 
 def _circumstances() -> tuple:

@@ -13,7 +13,6 @@ import asymq
 from asymq import reference
 from asymq.ops import RangeArguments
 
-
 ROWS = PARAMETERIZATIONS | DYNAMIC
 
 

@@ -23,6 +23,8 @@ PARTS = {
     "quantized softmax": "quantized_softmax",
     "quantized GELU": "quantized_gelu",
     "quantized cross-entropy": "quantized_cross_entropy",
+    "quantized RMSNorm": "quantized_rms_norm",
+    "quantized gated unit": "quantized_glu",
     "fake-quantize": "asymq::|fake_quantize",
     "GEMMs": "mm$|linear|matmul|attention",
     "cross-entropy": "log_softmax|nll_loss",
