@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_forward(Glu<S, P> op) {
   const RowPlan& plan = op.plan;
   Team team(plan);
   RowRange<T, P> range(op.quantizers.product);
-  const int round = plan.team * kHeld;  // vectors of a row that its team takes at a time
+  const int taken = plan.team * kHeld;  // vectors of a row that its team takes at a time
   with_sites<kInner, S>(op.quantizers, [&](const auto& sites) {
     using SitesType = std::decay_t<decltype(sites)>;
     for (int64_t first = blockIdx.x * int64_t{plan.teams()}; first < plan.rows;
@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_forward(Glu<S, P> op) {
               gate[u], up[u]);
         }
       };
-      const bool once = plan.vectors <= round;
+      const bool once = plan.vectors <= taken;
       if (range.of_token()) {
         Search<S, true> search;
-        for (int begin = 0; begin < plan.vectors; begin += round) {
+        for (int begin = 0; begin < plan.vectors; begin += taken) {
           multiply(begin);
 #pragma unroll
           for (int u = 0; u < kHeld; ++u) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_forward(Glu<S, P> op) {
         }
         range.find(team.extrema(search.result()));
       }
-      for (int begin = 0; begin < plan.vectors; begin += round) {
+      for (int begin = 0; begin < plan.vectors; begin += taken) {
         if (!once || !range.of_token()) multiply(begin);
         const auto store = [&](const auto& quantize) {
 #pragma unroll
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_backward(Glu<S, P> op) {
   const RowPlan& plan = op.plan;
   Team team(plan);
   RowRange<T, P> range(op.quantizers.product);
-  const int round = plan.team * kHeld;
+  const int taken = plan.team * kHeld;
   Sums<double> of_gate{}, of_activation{}, of_up{};
   with_sites<kInner, S>(op.quantizers, [&](const auto& sites) {
     using SitesType = std::decay_t<decltype(sites)>;
@@ -231,10 +231,10 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_backward(Glu<S, P> op) {
           grad[u] = load_words<S, true>(op.grad + offset + at * kCount);
         }
       };
-      const bool once = plan.vectors <= round;
+      const bool once = plan.vectors <= taken;
       if (range.of_token()) {
         Search<S, true> search;
-        for (int begin = 0; begin < plan.vectors; begin += round) {
+        for (int begin = 0; begin < plan.vectors; begin += taken) {
           load(begin);
 #pragma unroll
           for (int u = 0; u < kHeld; ++u) {
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_backward(Glu<S, P> op) {
           if (op.up_out != nullptr) store_words<S, true>(op.up_out + offset + at * kCount, dup);
         }
       };
-      for (int begin = 0; begin < plan.vectors; begin += round) {
+      for (int begin = 0; begin < plan.vectors; begin += taken) {
         if (range.exists()) {
           with_fast_division(range.grid(), [&](const auto& grid) {
             differentiate(begin, [&](T g, T product) {
