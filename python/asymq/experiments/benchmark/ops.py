@@ -24,8 +24,18 @@ from asymq.experiments.common.provenance import header
 BITS = 8
 GROUP = 128
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The last two have the live ranges of the rows and of their groups, on one β and one γ for all.
-GRANULARITIES = ("tensor", "axis0", "last_axis", "groups", "token", "token_groups")
+# The tokens' have the live ranges of the rows or of their groups, on one β and one γ for all; the
+# last two what an RMSNorm, or a gated linear unit, gives to them.
+GRANULARITIES = (
+    "tensor",
+    "axis0",
+    "last_axis",
+    "groups",
+    "token",
+    "token_groups",
+    "token_rms_norm",
+    "token_glu",
+)
 # frozen_x: x needs no gradient, dx is neither computed nor written. frozen_range: the range learns
 # nothing.
 MEASURES = (
@@ -70,6 +80,24 @@ class Case:
     @property
     def live(self):
         return self.granularity.startswith("token")
+
+    def inputs(self):
+        """Tensors that it is called with: x, and what it computes with before it quantizes."""
+        shapes = [self.shape]
+        if self.granularity == "token_rms_norm":
+            shapes.append(self.shape[-1:])
+        if self.granularity == "token_glu":
+            shapes.append(self.shape)
+        made = [torch.randn(shape, device=self.device).to(self.dtype) for shape in shapes]
+        return tuple(tensor.requires_grad_() for tensor in made)
+
+    def before(self, x, *others):
+        """What is quantized, of single operations."""
+        if self.granularity == "token_rms_norm":
+            wide = x.float()
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return others[0] * wide.to(x.dtype)
+        return torch.nn.functional.silu(x) * others[0] if others else x
 
     @property
     def options(self):
@@ -143,9 +171,28 @@ def on_ranges(static, live):
 
     def of(case):
         function = live if case.live else static
-        return lambda x, *learned: function(x, *learned, **case.options)
+
+        def call(*tensors):
+            inputs, learned = tensors[:-2], tensors[-2:]
+            return function(case.before(*inputs), *learned, **case.options)
+
+        return call
 
     return of
+
+
+def fused(case):
+    """The operators, one for all that happens where there is one."""
+    if case.granularity == "token_rms_norm":
+        return lambda x, weight, *factors: asymq.ops.quantized_rms_norm(x, weight, _token(factors))
+    if case.granularity == "token_glu":
+        return lambda x, up, *factors: asymq.ops.quantized_glu(x, up, _token(factors))
+    static, live = asymq.fake_quantize_min_max, asymq.fake_quantize_dynamic_beta_gamma
+    return on_ranges(static, live)(case)
+
+
+def _token(factors):
+    return asymq.ops.RangeArguments("beta_gamma", factors, BITS, token=True)
 
 
 by_reference = on_ranges(
@@ -160,7 +207,7 @@ def compiled(case):
 
 METHODS = {
     "copy": lambda case: None,
-    "asymq": on_ranges(asymq.fake_quantize_min_max, asymq.fake_quantize_dynamic_beta_gamma),
+    "asymq": fused,
     "straight_through": on_ranges(straight_through, straight_through_live),
     "reference": by_reference,
     "compiled": compiled,
@@ -185,30 +232,31 @@ def calls(method, case, xs, gs):
     """For each measure a function that returns one callable per buffer; what a backward needs is
     computed when the function is called, outside of the timing."""
     if method == "copy":
-        return {"both": lambda: [x.detach().clone for x in xs]}
+        return {"both": lambda: [x[0].detach().clone for x in xs]}
     function = METHODS[method](case)
     learned = learned_tensors(method, case)
     grad = torch.autograd.grad
 
     def forward(x, g, inputs):
-        return lambda: function(x, *learned)
+        return lambda: function(*x, *learned)
 
     def backward(x, g, inputs):
-        y = function(x, *learned)
+        y = function(*x, *learned)
         return lambda: grad(y, inputs, g, retain_graph=True)
 
     def both(x, g, inputs):
-        return lambda: grad(function(x, *learned), inputs, g)
+        return lambda: grad(function(*x, *learned), inputs, g)
 
     def both_frozen_range(x, g, inputs):
         frozen = [tensor.detach() for tensor in learned]
-        return lambda: grad(function(x, *frozen), inputs[:1], g)
+        return lambda: grad(function(*x, *frozen), x, g)
 
     def learn_all(make):
-        return lambda: [make(x, g, (x, *learned)) for x, g in zip(xs, gs, strict=True)]
+        return lambda: [make(x, g, (*x, *learned)) for x, g in zip(xs, gs, strict=True)]
 
     def freeze_x(make):
-        return lambda: [make(x.detach(), g, learned) for x, g in zip(xs, gs, strict=True)]
+        frozen = [tuple(tensor.detach() for tensor in x) for x in xs]
+        return lambda: [make(x, g, learned) for x, g in zip(frozen, gs, strict=True)]
 
     measures = [learn_all(make) for make in (forward, backward, both)]
     if method == "asymq":
@@ -265,10 +313,8 @@ def measure(method, case, span):
     large = case.elements >= GRAPH_LEAST
     warm = case.bytes <= WARM_MOST
     buffers = 1 if warm or not cuda else max(2, math.ceil(ROTATION / case.bytes))
-    xs = [torch.randn(case.shape, device=case.device).to(case.dtype) for _ in range(buffers)]
+    xs = [case.inputs() for _ in range(buffers)]
     gs = [torch.randn(case.shape, device=case.device).to(case.dtype) for _ in range(buffers)]
-    for x in xs:
-        x.requires_grad_()
     graph = cuda and large and method not in NOT_CAPTURABLE
     repeats = (20 if warm else 1) if cuda and large else 1 if large else 100
     for name, prepare in calls(method, case, xs, gs).items():
@@ -301,6 +347,8 @@ def cases(device, quick, dtypes, granularities):
             "groups": [large],
             "token": [large],
             "token_groups": [large],
+            "token_rms_norm": [large],
+            "token_glu": [large],
         }
     elif quick:
         shapes = {
@@ -310,6 +358,8 @@ def cases(device, quick, dtypes, granularities):
             "groups": [(16384, 3072)],
             "token": [(16384, 8192)],
             "token_groups": [(16384, 8192)],
+            "token_rms_norm": [(16384, 8192)],
+            "token_glu": [(16384, 8192)],
         }
     else:
         sizes = [
@@ -328,6 +378,8 @@ def cases(device, quick, dtypes, granularities):
             "groups": [(3072, 768), (8192, 3072), (16384, 3072), (32768, 3072)],
             "token": [(16384, 2048), (16384, 8192), (8192, 14336)],
             "token_groups": [(16384, 2048), (16384, 8192), (8192, 14336)],
+            "token_rms_norm": [(16384, 2048), (16384, 4096), (16384, 8192)],
+            "token_glu": [(4096, 8192), (16384, 8192), (8192, 14336)],
         }
     for granularity in granularities:
         for shape in shapes[granularity]:
