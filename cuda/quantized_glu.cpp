@@ -7,42 +7,15 @@ namespace asymq::cuda {
 namespace {
 
 bool has_kernel(const at::Tensor& gate, const GluQuantizers& quantizers) {
-  const auto live = [](const auto& quantizer) { return quantizer.has_value() && quantizer->token; };
-  return in_vectors(gate) && is_of_rows(quantizers.product, gate) && !live(quantizers.gate) &&
-         !live(quantizers.activation) && !live(quantizers.up);
+  const bool product_alone = !quantizers.gate && !quantizers.activation && !quantizers.up;
+  return product_alone && in_vectors(gate) && is_of_rows(quantizers.product, gate);
 }
 
-RowPlan plan_for(const at::Tensor& gate, const GluQuantizers& quantizers, bool backward) {
-  const bool inner = quantizers.gate || quantizers.activation || quantizers.up;
-  RowPlan plan =
-      make_glu_plan(rows_of(gate), vectors_of_row(gate), inner, backward, multiprocessors());
+RowPlan plan_for(const at::Tensor& gate, bool backward) {
+  RowPlan plan = make_glu_plan(rows_of(gate), vectors_of_row(gate), backward, multiprocessors());
   plan.overlaps = overlaps();
   return plan;
 }
-
-/// The four quantizers of a call.
-struct DeviceQuantizers {
-  DeviceRowQuantizer gate, activation, up, product;
-
-  /// needs: of the operator.
-  explicit DeviceQuantizers(const GluQuantizers& checked, const std::array<bool, 10>& needs = {})
-      : gate(checked.gate, needs[2], needs[3]),
-        activation(checked.activation, needs[4], needs[5]),
-        up(checked.up, needs[6], needs[7]),
-        product(checked.product, needs[8], needs[9]) {}
-
-  template <class P>
-  GluRowQuantizers<P> pointers() const {
-    return {gate.pointers<P>(), activation.pointers<P>(), up.pointers<P>(), product.pointers<P>()};
-  }
-
-  at::Tensor range_like(const at::Tensor& x) const {
-    for (const DeviceRowQuantizer* one : {&gate, &activation, &up}) {
-      if (one->exists()) return one->range_like(x);
-    }
-    return product.range_like(x);
-  }
-};
 
 bool is_tanh(int64_t activation) {
   return activation == static_cast<int64_t>(GluActivation::kGeluTanh);
@@ -61,12 +34,12 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
   }
   const at::Tensor gate = aligned_rows(given_gate), up = aligned_rows(given_up);
   at::Tensor out = at::empty(gate.sizes(), gate.options());
-  const DeviceQuantizers quantizers(checked);
-  dispatch_types(gate, quantizers.range_like(gate), [&](auto element, auto range) {
+  const DeviceRowQuantizer product(checked.product);
+  dispatch_types(gate, product.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_glu_forward<S, P>(plan_for(gate, checked, false), quantizers.pointers<P>(),
-                             is_tanh(activation), input<S>(gate), input<S>(up), output<S>(out),
+    launch_glu_forward<S, P>(plan_for(gate, false), product.pointers<P>(), is_tanh(activation),
+                             input<S>(gate), input<S>(up), output<S>(out),
                              at::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -90,21 +63,18 @@ GluGradients quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gi
   const at::Tensor gate = aligned_rows(given_gate), up = aligned_rows(given_up);
   const at::Tensor upstream = aligned_rows(grad);
   at::Tensor dgate = empty_if(needs[0], gate), dup = empty_if(needs[1], up);
-  const DeviceQuantizers quantizers(checked, needs);
-  const bool sums = std::any_of(needs.begin() + 2, needs.end(), [](bool needed) { return needed; });
-  const RowPlan plan = plan_for(gate, checked, true);
-  const at::Tensor workspace = workspace_if(sums, 12 * plan.blocks, gate);
-  dispatch_types(gate, quantizers.range_like(gate), [&](auto element, auto range) {
+  const DeviceRowQuantizer product(checked.product, needs[8], needs[9]);
+  const RowPlan plan = plan_for(gate, true);
+  const at::Tensor workspace = workspace_if(needs[8] || needs[9], 3 * plan.blocks, gate);
+  dispatch_types(gate, product.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_glu_backward<S, P>(plan, quantizers.pointers<P>(), is_tanh(activation),
-                              input<S>(upstream), input<S>(gate), input<S>(up), output<S>(dgate),
-                              output<S>(dup), output<double>(workspace),
-                              at::cuda::getCurrentCUDAStream());
+    launch_glu_backward<S, P>(plan, product.pointers<P>(), is_tanh(activation), input<S>(upstream),
+                              input<S>(gate), input<S>(up), output<S>(dgate), output<S>(dup),
+                              output<double>(workspace), at::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const auto& [g, a, u, p] = quantizers;
-  return {dgate, dup, g.first, g.second, a.first, a.second, u.first, u.second, p.first, p.second};
+  return {dgate, dup, {}, {}, {}, {}, {}, {}, product.first, product.second};
 }
 
 }  // namespace

@@ -54,8 +54,6 @@ class DeviceRowQuantizer {
     return range_.defined() ? range_ : at::empty({0}, x.options().dtype(at::kFloat));
   }
 
-  bool exists() const { return range_.defined(); }
-
   at::Tensor first, second;
 
  private:

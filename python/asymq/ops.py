@@ -361,7 +361,7 @@ def quantized_glu(
     The arithmetic is in float32 (float64 for float64 tensors), every step rounded to the tensors'
     dtype as single operations round it. The result is contiguous. On CUDA one kernel each way,
     where D is a multiple of 16 bytes, the product's range is none, one, or that of the whole token,
-    and the others are none or one.
+    and there are no others.
 
     Differentiable with respect to both tensors and learned parameters; saves both tensors alone.
     """

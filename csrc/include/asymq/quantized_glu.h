@@ -20,8 +20,7 @@ namespace asymq {
 /// activation: "silu", or "gelu_tanh" for GELU's tanh approximation. The arithmetic is in float32
 /// (float64 for float64 tensors), every step rounded to the tensors' dtype as single operations
 /// round it. The result is contiguous. On CUDA one kernel each way, where D is a multiple of 16
-/// bytes, the product's range is none, one, or that of the whole token, and the others are none or
-/// one.
+/// bytes, the product's range is none, one, or that of the whole token, and there are no others.
 ///
 /// The backward saves g and u alone. Gradients are those of the composition, for both and the
 /// ranges' learned parameters.

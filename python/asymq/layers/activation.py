@@ -31,10 +31,12 @@ def is_tanh_gelu(module: nn.Module) -> bool:
 
 
 def gating_function(module: nn.Module) -> Literal["silu", "gelu_tanh"] | None:
-    """What it is to `ops.quantized_glu`; None: something else."""
+    """What it is to `ops.quantized_glu`; None: something else, or it has a quantizer of its own."""
+    cls = type(module)
+    if issubclass(cls, Quantized):
+        return None
     if is_tanh_gelu(module):
         return "gelu_tanh"
-    cls = module.float_class if isinstance(module, Quantized) else type(module)
     named = cls.__module__ == "transformers.activations" and cls.__name__ == "SiLUActivation"
     return "silu" if cls is nn.SiLU or named else None
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from asymq import ops
 from asymq.layers.activation import gating_function
-from asymq.layers.quantized import Quantized
 from asymq.quantizers import Quantizer, apply, is_unobserved
 
 Child = TypeVar("Child", bound=nn.Module)
@@ -32,18 +31,6 @@ def ranges_of(*quantizers: Quantizer | None) -> list[ops.RangeArguments] | None:
     return ranges
 
 
-def may_replace(*quantizers: Quantizer | None) -> bool:
-    """Whether one kernel may do what these would do, of which some exist: a kernel that can do
-    without any of them, and knows ranges of tokens."""
-    there = [quantizer for quantizer in quantizers if quantizer is not None]
-    one_dtype = len({quantizer.range_dtype for quantizer in there}) == 1
-    return one_dtype and all(quantizer.fusible for quantizer in there)
-
-
-def _range_of(quantizer: Quantizer | None) -> ops.RangeArguments | None:
-    return None if quantizer is None else quantizer.range_arguments()
-
-
 def may_skip(child: nn.Module, cls: type[Child]) -> TypeGuard[Child]:
     """Whether a parent may do the work of a child of class `cls` itself: it is that class still (no
     adapter, not sharded alone), and nobody can notice that it is not called."""
@@ -58,42 +45,22 @@ def gelu(x: Tensor, before: Quantizer | None, after: Quantizer | None) -> Tensor
     return apply(after, F.gelu(apply(before, x), approximate="tanh"))
 
 
-def glu(
-    gate: Tensor,
-    up: Tensor,
-    activation: nn.Module,
-    of_gate: Quantizer | None,
-    of_up: Quantizer | None,
-    of_product: Quantizer | None,
-) -> Tensor:
-    """of_product(activation(of_gate(gate)) * of_up(up)), of any shape."""
-    function, of_activation = gating_function(activation), None
-    if isinstance(activation, Quantized):
-        of_activation = getattr(activation, "output_quantizer", None)
-    quantizers = of_gate, of_activation, of_up, of_product
-    stored = not any(quantizer is not None and quantizer.live for quantizer in quantizers[:3])
-    if function and stored and may_replace(*quantizers) and is_unobserved(activation):
-        ranges = [_range_of(quantizer) for quantizer in quantizers]
-        return ops.quantized_glu(
-            gate,
-            up,
-            ranges[3],
-            activation=function,
-            gate_range=ranges[0],
-            activation_range=ranges[1],
-            up_range=ranges[2],
-        )
-    return apply(of_product, activation(apply(of_gate, gate)) * apply(of_up, up))
+def glu(gate: Tensor, up: Tensor, activation: nn.Module, after: Quantizer | None) -> Tensor:
+    """after(activation(gate) * up), of any shape."""
+    function = gating_function(activation)
+    if function and after is not None and after.fusible and is_unobserved(activation):
+        return ops.quantized_glu(gate, up, after.range_arguments(), activation=function)
+    return apply(after, activation(gate) * up)
 
 
 def may_normalize(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
     """Whether `rms_norm` may take these. (LlamaRMSNorm computes in float32 whatever x is.)"""
-    return x.dtype == weight.dtype != torch.float64 and may_replace(quantizer)
+    return x.dtype == weight.dtype != torch.float64 and quantizer.fusible
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> Tensor:
     """quantizer(weight * x / rms(x)) as LlamaRMSNorm computes it, of a weight that is quantized."""
-    return ops.quantized_rms_norm(x, weight, _range_of(quantizer), eps=eps)
+    return ops.quantized_rms_norm(x, weight, quantizer.range_arguments(), eps=eps)
 
 
 def softmax(

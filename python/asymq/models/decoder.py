@@ -112,13 +112,6 @@ def shared_input(module: nn.Module | None) -> Quantizer | None:
     return quantizer if fits else None
 
 
-def before_quantizer(layer: nn.Module, x: Tensor) -> tuple[Tensor, Quantizer | None]:
-    """What a layer computes, and the quantizer that is still to come."""
-    if fused.may_skip(layer, QuantLinear):
-        return layer.product(x), layer.output_quantizer
-    return layer(x), None
-
-
 class GatedMLP(NamedTuple):
     """Names of submodules: down(act(gate(x)) * up(x)). up "": gate returns both halves."""
 
@@ -159,17 +152,15 @@ class QuantGatedMLP(Quantized):
 
         @functools.wraps(float_class.forward)
         def forward(self, x: Tensor) -> Tensor:
-            gate, of_gate = before_quantizer(getattr(self, names.gate), x)
+            gate = getattr(self, names.gate)(x)
             if names.up:
-                up, of_up = before_quantizer(getattr(self, names.up), x)
+                up = getattr(self, names.up)(x)
             else:
-                (gate, up), of_gate, of_up = apply(of_gate, gate).chunk(2, dim=-1), None, None
-            act, down = getattr(self, names.act), getattr(self, names.down)
+                gate, up = gate.chunk(2, dim=-1)
             # What quantizes the product, and what is left of `down`.
-            if self.product_quantizer is None and fused.may_skip(down, QuantLinear):
-                of_product, rest = down.input_quantizer, down.forward_quantized
-            else:
-                of_product, rest = self.product_quantizer, down
-            return rest(fused.glu(gate, up, act, of_gate, of_up, of_product))
+            after, down = self.product_quantizer, getattr(self, names.down)
+            if after is None and fused.may_skip(down, QuantLinear):
+                after, down = down.input_quantizer, down.forward_quantized
+            return down(fused.glu(gate, up, getattr(self, names.act), after))
 
         return {"forward": forward}
