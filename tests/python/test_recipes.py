@@ -10,6 +10,7 @@ from torch import nn
 import asymq
 from asymq import PerChannel, PerGroup, PerTensor, PerToken, QuantConfig, QuantSpec
 from asymq.quantizers import functions
+from asymq.quantizers.sharing import _thread
 
 transformers = pytest.importorskip("transformers", minversion="5.4")
 pytestmark = pytest.mark.filterwarnings("ignore:asymq.prepare. .* is not a model whose every")
@@ -109,6 +110,49 @@ def test_a_shared_input_keeps_nothing_after_its_last_user(w4a8):
         # Another tensor in the same place is another one.
         a, b = attention.q_proj(x), attention.q_proj(2 * x)
         assert not torch.equal(a, b)
+
+
+GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+GENERATE |= {"output_logits": True, "return_dict_in_generate": True}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_generate_quantizes_a_weight_once(tied):
+    model = prepared(llama(tie_word_embeddings=tied), QuantConfig.w4a8(group=16)).eval()
+    weights = [q for _, q in asymq.named_quantizers(model) if q.kind == "weight"]
+    with functions.use_namespace(Counting()) as counting:
+        result = model.generate(tokens(2, 4), **GENERATE)
+    assert counting.calls.count("fake_quantize_symmetric_gamma") == len(weights)
+    expected = logits(model, result.sequences)[:, 3:-1]
+    torch.testing.assert_close(torch.stack(result.logits, 1), expected, rtol=5e-3, atol=5e-3)
+    assert getattr(_thread, "unchanged", None) is None
+
+
+@pytest.mark.parametrize("what", ["weight", "weight_quantizer.gamma"])
+def test_generate_sees_what_changes_meanwhile(w4a8, what):
+    w4a8.eval()
+    changed = w4a8.lm_head.get_parameter(what)
+
+    def halve(ids, scores):
+        if ids.shape[1] == 6:
+            with torch.no_grad():
+                changed.mul_(0.5)
+        return scores
+
+    result = w4a8.generate(tokens(2, 4), logits_processor=[halve], **GENERATE)
+    expected = logits(w4a8, result.sequences)[:, 6:-1]
+    torch.testing.assert_close(torch.stack(result.logits[3:], 1), expected, rtol=5e-3, atol=5e-3)
+
+
+def test_a_graph_has_every_weight_while_a_model_generates(w4a8):
+    def learn(ids, scores):
+        with torch.enable_grad():
+            next_token_loss(w4a8, tokens()).backward()
+        return scores
+
+    w4a8.generate(tokens(2, 4), logits_processor=[learn], **GENERATE)
+    for name, quantizer in asymq.named_quantizers(w4a8):
+        assert all(p.grad is not None for p in quantizer.parameters()), name
 
 
 def test_no_token_sees_another(w4a8):

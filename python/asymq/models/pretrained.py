@@ -1,17 +1,20 @@
-"""What any model of transformers does with its quantizers when it is saved."""
+"""What any model of transformers does with its quantizers when it is saved, and generates."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 
 from asymq.description import DESCRIPTION, describe, encode, whole_tensors
 from asymq.layers import Quantized
 from asymq.models.sites import is_adapter
-from asymq.quantizers import is_split
+from asymq.quantizers import generating, is_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,10 +29,26 @@ NOTE = {
 
 
 class QuantPreTrained(Quantized):
-    """A model of transformers that saves its quantizers, too."""
+    """A model of transformers that saves its quantizers, too, and quantizes its weights once for
+    all tokens that it generates."""
 
     if TYPE_CHECKING:  # transformers evaluates the annotations of its models
         config: PreTrainedConfig
+
+    @classmethod
+    def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+        if not hasattr(float_class, "generate"):
+            return {}
+
+        # Whoever looks behind transformers' own decorator, no_grad, finds what is behind that.
+        @functools.wraps(inspect.unwrap(float_class.generate))
+        def generate(self, *args, **kwargs):
+            if any(map(is_split, self.parameters())):  # weights are whole for a moment only
+                return float_class.generate(self, *args, **kwargs)
+            with generating():
+                return float_class.generate(self, *args, **kwargs)
+
+        return {"generate": generate}
 
     def save_pretrained(
         self,

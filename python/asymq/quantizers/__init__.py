@@ -22,7 +22,7 @@ from asymq.quantizers.quantizer import (
     is_unobserved,
     named_quantizers,
 )
-from asymq.quantizers.sharing import sharing
+from asymq.quantizers.sharing import generating, sharing
 from asymq.quantizers.spec import PARAMETERIZATIONS, QuantSpec, split_parameterization
 from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elements
 
@@ -46,6 +46,7 @@ __all__ = [
     "disable_quantizers",
     "elements",
     "enable_quantizers",
+    "generating",
     "is_split",
     "is_unobserved",
     "named_quantizers",

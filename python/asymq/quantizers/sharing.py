@@ -1,9 +1,10 @@
-"""One result for several users of a quantizer, within one forward of a model."""
+"""One result for several users of a quantizer within one forward of a model, and for several
+forwards that generate."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +90,34 @@ def provided(owner: object, uses: float, x: Tensor, ranges: list[Tensor]) -> Ite
             "asymq: a tensor that was quantized in advance did not reach all of its layers as it "
             "was; call asymq.use_functions('unfused') first"
         )
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Forwards of a model in this thread that record no graph, for which `unchanged` keeps weights.
+    Nothing outlives it."""
+    outer = getattr(_thread, "unchanged", None)
+    _thread.unchanged = {}
+    try:
+        yield
+    finally:
+        _thread.unchanged = outer
+
+
+def unchanged(
+    owner: object, x: Tensor, ranges: Iterable[Tensor], quantize: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """quantize(x), while a model is `generating` computed once for all of its forwards that have
+    the same x and ranges."""
+    kept = getattr(_thread, "unchanged", None)
+    if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return quantize(x)
+    versions = [_version(tensor) for tensor in (x, *ranges)]
+    result, *of = kept.get(id(owner), (None, None, None))
+    if of[0] is not x or of[1] != versions:
+        result = quantize(x)
+        kept[id(owner)] = result, x, versions
+    return result
 
 
 def _key(owner: object, x: Tensor, ranges: list[Tensor]) -> tuple:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from asymq.quantizers import functions
-from asymq.quantizers.quantizer import Quantizer
-from asymq.quantizers.sharing import results
+from asymq.quantizers.quantizer import QUANTIZING, Quantizer
+from asymq.quantizers.sharing import results, unchanged
 from asymq.quantizers.spec import QuantSpec
 
 
@@ -81,7 +81,9 @@ class WeightQuantizer(Quantizer):
                     "prepared and are not any more: tie them again (model.tie_weights()), or untie "
                     "them before asymq.prepare"
                 )
-        return super().forward(weight)
+        if self._state != QUANTIZING:
+            return super().forward(weight)
+        return unchanged(self, weight, self.range_tensors().values(), super().forward)
 
 
 class NormWeightQuantizer(WeightQuantizer):
