@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from asymq.layers import fused, registry
 from asymq.layers.layer import NORM_WEIGHT, QuantNorm
@@ -66,7 +66,7 @@ class QuantRMSNorm(QuantNorm):
     @classmethod
     def own_members(cls, float_class: type[nn.Module]) -> dict[str, Any]:
         members = super().own_members(float_class)
-        if not is_llama_norm(float_class):
+        if not is_llama_norm(float_class):  # type: ignore[arg-type]
             return members
         step_by_step = members["forward"]
 
@@ -91,19 +91,22 @@ class QuantRMSNorm(QuantNorm):
         return alone or super().left_alone(module)
 
 
+# To mypy a class is not hashable: calls need an ignore.
+@functools.cache
 def is_llama_norm(cls: type[nn.Module]) -> bool:
     """Whether a float class computes what transformers' LlamaRMSNorm does, by the same code: most
     families have a copy of their own."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-    return code is not None and _what_runs(code) == _LLAMA
+    if code is None or "transformers" not in sys.modules:
+        return False
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    return _what_runs(code) == _what_runs(inspect.unwrap(LlamaRMSNorm.forward).__code__)
 
 
 def _what_runs(code: CodeType) -> tuple:
     constants = [c for c in code.co_consts if not isinstance(c, str)]  # no docstring
     return code.co_code, code.co_names, constants
-
-
-_LLAMA = _what_runs(inspect.unwrap(LlamaRMSNorm.forward).__code__)
 
 
 def normalize_into(norm: nn.Module, x: Tensor, quantizer: Quantizer) -> Tensor | None:
@@ -112,7 +115,8 @@ def normalize_into(norm: nn.Module, x: Tensor, quantizer: Quantizer) -> Tensor |
     own = isinstance(norm, QuantRMSNorm)
     if own and (norm.input_quantizer is not None or norm.output_quantizer is not None):
         return None
-    if not is_unobserved(norm) or not is_llama_norm(norm.float_class if own else type(norm)):
+    cls = norm.float_class if own else type(norm)
+    if not is_unobserved(norm) or not is_llama_norm(cls):  # type: ignore[arg-type]
         return None
     weight, eps = norm.weight, norm.variance_epsilon
     assert isinstance(weight, Tensor) and isinstance(eps, float)
