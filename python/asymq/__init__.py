@@ -18,7 +18,14 @@ from asymq.calibration import calibrate  # noqa: E402
 from asymq.checkpoint import load, save  # noqa: E402
 from asymq.config import QuantConfig  # noqa: E402
 from asymq.conversion import convert  # noqa: E402
-from asymq.layers import QuantEmbedding, QuantLayerNorm, QuantLinear  # noqa: E402
+from asymq.layers import (  # noqa: E402
+    QuantConv1d,
+    QuantConv2d,
+    QuantEmbedding,
+    QuantLayerNorm,
+    QuantLinear,
+    QuantRMSNorm,
+)
 from asymq.ops import (  # noqa: E402
     dequantize,
     effective_scale_offset,
@@ -65,9 +72,12 @@ __all__ = [
     "QuantAct",
     "QuantConfig",
     "QuantConv1D",
+    "QuantConv1d",
+    "QuantConv2d",
     "QuantEmbedding",
     "QuantLayerNorm",
     "QuantLinear",
+    "QuantRMSNorm",
     "QuantSpec",
     "__version__",
     "attach_step_rule",
