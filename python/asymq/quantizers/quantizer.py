@@ -439,8 +439,9 @@ class Quantizer(nn.Module):
     # ---- state_dict ----------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Spec and calibrated state as JSON in a uint8 tensor: a state_dict holds tensors alone.
-        Its length does not depend on the state, so that a state fits into any model of the spec."""
+        """{"spec": ..., "calibrated": true or false} as JSON in a uint8 tensor: a state_dict holds
+        tensors alone. A blank after true gives both one length, so that a state fits into any model
+        of the spec; version 0.1 wrote none, and is read, too."""
         longest = json.dumps({"spec": self.spec.to_dict(), "calibrated": False})
         state = json.dumps({"spec": self.spec.to_dict(), "calibrated": self.calibrated})
         encoded = bytearray(state.ljust(len(longest)).encode())
