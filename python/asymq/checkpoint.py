@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ def give_quantizers(model: nn.Module, description: dict[str, Any], what: str) ->
     if isinstance(model, Prepared) or not specs:
         return
     try:
-        prepare(model, QuantConfig(overrides=specs), allow_lookahead=True)
+        with warnings.catch_warnings():
+            # What is not quantized was said when the model was first prepared.
+            warnings.filterwarnings("ignore", r"asymq\.prepare: .* not a model whose every operation")
+            prepare(model, QuantConfig(overrides=specs), allow_lookahead=True)
     except ValueError as error:
         raise ValueError(
             f"{what} holds a {description['class']}, which this {type(model).__name__} does not "
