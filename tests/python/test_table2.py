@@ -26,6 +26,7 @@ import tokenizers
 import torch
 import transformers
 from pictures import assert_picture
+from processes import Script
 from safetensors.torch import load_file
 
 import asymq
@@ -48,6 +49,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """But those of a whole table, which is filled outside of a test: they take most of the time."""
+    monkeypatch.setattr(plots, "plot", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -81,21 +88,16 @@ def result(out, name="gpt2__beta_gamma__1e-2"):
     return json.loads((out / f"{name}.json").read_text())
 
 
-def start(*command):
-    """Of one thread: sums are added in the same order however busy the machine is."""
+def start(folder, *given):
+    return Script(folder.with_suffix(".txt"), SCRIPT, *given)
+
+
+def torchrun(script, *given):
+    """In two processes."""
+    options = ("--standalone", "--nproc-per-node", "2")
+    command = (sys.executable, "-m", "torch.distributed.run", *options, script, *given)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    subprocess.run([*map(str, command)], env=environment, check=True)
 
 
 # ---- the table ---------------------------------------------------------------------------------
@@ -257,9 +259,9 @@ def test_names_of_cells():
 def test_devices_share_the_cells(world, tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     given = ("--parameterizations", "min_max", "--devices", "cpu")
-    process = start(sys.executable, SCRIPT, *arguments(world, shared, *given, "cpu"))
+    process = start(shared, *arguments(world, shared, *given, "cpu"))
     main(arguments(world, alone, *given))
-    finish(process)
+    process.finish()
     for rate in ("1e-2", "1e-3"):
         name = f"gpt2__min_max__{rate}"
         assert result(alone, name)["loss"] == result(shared, name)["loss"]
@@ -294,20 +296,20 @@ def test_a_loss_that_is_not_finite_ends_its_cell(world, tmp_path, monkeypatch):
 def test_killed_and_continued_is_bit_equal(world, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     long = ("--steps", 120, "--checkpoint-every", 5)
-    uninterrupted = start(sys.executable, SCRIPT, *one_cell(world, whole, *long))
-    process = start(sys.executable, SCRIPT, *one_cell(world, broken, *long))
+    uninterrupted = start(whole, *one_cell(world, whole, *long))
+    process = start(broken, *one_cell(world, broken, *long))
     checkpoint = broken / "checkpoints" / "gpt2__beta_gamma__1e-2.pt"
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert checkpoint.exists() and not list(broken.glob("*.json"))
     saved = torch.load(checkpoint, weights_only=True)["state"]["step"]
     assert 5 <= saved < 120
 
-    finish(start(sys.executable, SCRIPT, *one_cell(world, broken, *long)))
-    finish(uninterrupted)
+    start(broken, *one_cell(world, broken, *long)).finish()
+    uninterrupted.finish()
     assert not checkpoint.exists()
     name = "ranges/gpt2__beta_gamma__1e-2.safetensors"
     first, second = load_file(whole / name), load_file(broken / name)
@@ -339,18 +341,18 @@ def test_ctrl_c_is_for_the_process_that_started_the_others(monkeypatch):
 def test_two_commands_share_the_cells(world, tmp_path):
     """Every cell is one command's alone, and both end with all results in the table."""
     given = ("--parameterizations", "min_max", "beta_gamma", "--steps", 30, "--devices", "cpu")
-    command = (sys.executable, SCRIPT, *arguments(world, tmp_path, *given))
-    both = [start(*command) for _ in range(2)]
-    output = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], output
+    out = tmp_path / "out"
+    names = (tmp_path / "first", tmp_path / "second")
+    both = [start(name, *arguments(world, out, *given)) for name in names]
+    output = [process.finish() for process in both]
     cells = [f"gpt2 {name} {lr}" for name in ("min_max", "beta_gamma") for lr in ("1e-2", "1e-3")]
     # A cell tells of its last step once.
     for name in cells:
         assert sum(f"{name}: step 30 of 30" in text for text in output) == 1, output
-    assert len(list(tmp_path.glob("*.json"))) == 4
-    last = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert len(list(out.glob("*.json"))) == 4
+    last = (out / "table.md").read_text().splitlines()[2]
     assert last.startswith("| gpt2 |") and "|  |" not in last
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (out / "checkpoints").exists()
 
 
 def test_a_cell_of_another_command_is_left_to_it(world, tmp_path, capsys):
@@ -374,7 +376,8 @@ with lock(pathlib.Path(sys.argv[1])) as mine:
 
 def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "cell.lock"
-    holder = start(sys.executable, "-c", HOLD, path)
+    command = (sys.executable, "-c", HOLD, path)
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "True\n"
     with files.lock(path) as mine:
         assert not mine
@@ -866,24 +869,26 @@ def test_run_clm_changes_the_evaluation_alone(world, tmp_path):
 # ---- one cell on several processes -------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def together(world, tmp_path_factory):
+    """The first steps of two processes."""
+    folder = tmp_path_factory.mktemp("together")
+    torchrun(first_step.__file__, world / "text", folder, world / "gpt2", world / "opt")
+    return folder
+
+
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
-@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one(world, tmp_path, model, options):
-    step = (first_step.__file__, world / model, world / "text")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    together = start(*torchrun, "--nproc-per-node", 2, *step, tmp_path / "both.pt", *options)
-    first_step.main(world / model, world / "text", tmp_path / "alone.pt")
-    finish(together)
-    alone, both = (torch.load(tmp_path / name) for name in ("alone.pt", "both.pt"))
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(world, together, model, kind):
+    alone = first_step.first_step(world / model, world / "text", Processes("cpu"))
+    both = torch.load(together / f"{model}_{kind}.pt")
     assert both["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     for name, expected in alone["gradients"].items():
         torch.testing.assert_close(both["gradients"][name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_processes_fill_a_table(world, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    given = one_cell(world, tmp_path / "two", "--fsdp")
-    finish(start(*torchrun, "--nproc-per-node", 2, SCRIPT, *given))
+    torchrun(SCRIPT, *one_cell(world, tmp_path / "two", "--fsdp"))
     main(one_cell(world, tmp_path / "one"))
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert two["fp_ppl"] == pytest.approx(one["fp_ppl"], rel=1e-6)

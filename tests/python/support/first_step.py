@@ -1,9 +1,11 @@
-"""Saves the loss and the range gradients of a cell's first step, run by one or more processes.
+"""The loss and the range gradients of a cell's first step, run by one or more processes, replicated
+and split: saved as MODEL_ddp.pt and MODEL_fsdp2.pt.
 
-first_step.py MODEL DATA OUT [--fsdp]
+first_step.py DATA OUT MODEL...
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,8 +17,7 @@ from asymq.experiments.table2.protocol import Protocol
 from asymq.experiments.table2.subject import open_subject
 
 
-def main(model, data, out, *options):
-    processes = Processes("cpu", shard="--fsdp" in options)
+def first_step(model, data, processes):
     protocol = Protocol(batch=4)
     subject = open_subject(model, *text.read(data), protocol)
     batches = [text.batch_of(subject.train, step, protocol.batch, seed=0) for step in range(3)]
@@ -30,8 +31,16 @@ def main(model, data, out, *options):
         for name, quantizer in asymq.named_quantizers(model)
         for key, parameter in quantizer.named_parameters()
     }
-    if processes.first:
-        torch.save({"loss": loss, "gradients": gradients}, out)
+    return {"loss": loss, "gradients": gradients}
+
+
+def main(data, out, *models):
+    for model in models:
+        for shard in (False, True):
+            processes = Processes("cpu", shard)
+            found = first_step(model, data, processes)
+            if processes.first:
+                torch.save(found, f"{out}/{Path(model).name}_{'fsdp2' if shard else 'ddp'}.pt")
     processes.end()
 
 
