@@ -120,3 +120,73 @@ def test_parameterizations_agree(bits, low, width, places):
     assert torch.equal(beta_gamma, expected)
     scale, offset = asymq.effective_scale_offset("min_max", low, high, bits=bits)
     assert torch.equal(asymq.fake_quantize_scale_offset(x, scale, offset, bits=bits), expected)
+
+
+# ---- live ranges -------------------------------------------------------------------------------
+
+FACTOR = st.floats(0.25, 2, width=32)
+GROUPS = st.lists(
+    st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4), min_size=2, max_size=8
+).filter(lambda groups: len(groups) % 2 == 0)
+
+
+def _live(x, beta, gamma, bits, symmetric, group=4, eps=1e-8):
+    options = {"group": group, "bits": bits, "eps": eps}
+    if symmetric:
+        return asymq.fake_quantize_dynamic_symmetric_gamma(x, gamma, **options)
+    return asymq.fake_quantize_dynamic_beta_gamma(x, beta, gamma, **options)
+
+
+def _tokens(groups):
+    """Of two groups each."""
+    return torch.tensor(groups).reshape(-1, 8)
+
+
+@FEW
+@given(BITS, GROUPS, FACTOR, FACTOR, st.booleans())
+def test_a_live_range_is_that_of_its_group(bits, groups, beta, gamma, symmetric):
+    """No group knows another: alone, in another order, beside others it becomes the same."""
+    x, beta, gamma = _tokens(groups), torch.tensor([beta]), torch.tensor([gamma])
+    xhat = _live(x, beta, gamma, bits, symmetric)
+    assert torch.equal(_live(x.flip(0), beta, gamma, bits, symmetric), xhat.flip(0))
+    alone = _live(x.reshape(-1, 4), beta, gamma, bits, symmetric, group=None)
+    assert torch.equal(alone.reshape(x.shape), xhat)
+    if symmetric:
+        assert torch.equal(_live(-x, beta, gamma, bits, symmetric), -xhat)
+
+
+@FEW
+@given(BITS, GROUPS, FACTOR, FACTOR, st.booleans(), st.integers(-8, 8))
+def test_live_ranges_scale(bits, groups, beta, gamma, symmetric, exponent):
+    """2^i x becomes 2^i x̂ where no scale is held by eps, with gradients to match."""
+    factor = 2.0**exponent
+    results = []
+    for x in (_tokens(groups), _tokens(groups) * factor):
+        leaves = [t.requires_grad_() for t in (x, torch.tensor([beta]), torch.tensor([gamma]))]
+        xhat = _live(*leaves, bits, symmetric, eps=1e-30)
+        if symmetric:
+            del leaves[1]
+        results.append((xhat, *torch.autograd.grad(xhat.sum(), leaves)))
+    (xhat, d_x, *d_factors), (scaled, d_x_scaled, *d_factors_scaled) = results
+    assert torch.equal(scaled, factor * xhat) and torch.equal(d_x_scaled, d_x)
+    for a, b in zip(d_factors, d_factors_scaled, strict=True):
+        assert torch.equal(b, factor * a)
+
+
+@FEW
+@given(BITS, GROUPS, st.booleans())
+def test_a_live_range_holds_its_group(bits, groups, symmetric):
+    """With factors of 1 an element is half a step off, or a whole one where the range is rounded to
+    its grid; zero stays zero, and every element keeps its side."""
+    x, one = _tokens(groups), torch.ones(1)
+    xhat = _live(x, one, one, bits, symmetric)
+    parts = x.reshape(-1, 4)
+    low, high = parts.amin(1).clamp(max=0), parts.amax(1).clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
+    else:
+        scale = (high - low) / (2**bits - 1)
+    error = (xhat - x).abs().reshape(-1, 4).amax(1)
+    most = 0.5 if symmetric else 1.0
+    assert (error <= most * scale.clamp(min=1e-8) + 1e-5 * torch.maximum(-low, high)).all()
+    assert (xhat[x == 0] == 0).all() and (xhat * x >= 0).all()
