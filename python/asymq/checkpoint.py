@@ -99,7 +99,7 @@ def give_quantizers(model: nn.Module, description: dict[str, Any], what: str) ->
     try:
         with warnings.catch_warnings():
             # What is not quantized was said when the model was first prepared.
-            warnings.filterwarnings("ignore", r"asymq\.prepare: .* not a model whose every operation")
+            warnings.filterwarnings("ignore", r"asymq\.prepare: .* not a model whose every")
             prepare(model, QuantConfig(overrides=specs), allow_lookahead=True)
     except ValueError as error:
         raise ValueError(
