@@ -65,7 +65,8 @@ TEST_P(SoftmaxTest, EqualsTheComposition) {
 TEST_P(SoftmaxTest, WindowHidesWhatAMaskWould) {
   const Tensor seen =
       at::ones({6, 40}, at::TensorOptions(device()).dtype(at::kBool)).tril(34).triu(31);
-  const RangeArguments before{"min_max", {min, max}, 8}, after{"min_max", {zero, one}, 8};
+  const Tensors ends{min, max}, unit{zero, one};
+  const RangeArguments before{"min_max", ends, 8}, after{"min_max", unit, 8};
   const Tensor got = asymq::quantized_softmax(scores, std::nullopt, true, before, after, 4);
   EXPECT_TRUE(got.equal(asymq::quantized_softmax(scores, seen, false, before, after)));
 }
