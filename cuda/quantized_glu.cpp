@@ -22,15 +22,11 @@ bool is_tanh(int64_t activation) {
 }
 
 at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_up,
-                         int64_t activation, const QuantizerArguments& of_gate,
-                         const QuantizerArguments& of_activation, const QuantizerArguments& of_up,
-                         const QuantizerArguments& of_product) {
-  const auto checked = check_quantized_glu(given_gate, given_up, activation, of_gate, of_activation,
-                                           of_up, of_product);
+                         int64_t activation, const GluArguments& of) {
+  const auto checked = check_quantized_glu(given_gate, given_up, activation, of);
   const c10::cuda::CUDAGuard guard(given_gate.device());
   if (!has_kernel(given_gate, checked)) {
-    return quantized_glu_composite(given_gate, given_up, activation, of_gate, of_activation, of_up,
-                                   of_product);
+    return quantized_glu_composite(given_gate, given_up, activation, of);
   }
   const at::Tensor gate = aligned_rows(given_gate), up = aligned_rows(given_up);
   at::Tensor out = at::empty(gate.sizes(), gate.options());
@@ -48,17 +44,11 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
 
 GluGradients quantized_glu_backward(const at::Tensor& grad, const at::Tensor& given_gate,
                                     const at::Tensor& given_up, int64_t activation,
-                                    const QuantizerArguments& of_gate,
-                                    const QuantizerArguments& of_activation,
-                                    const QuantizerArguments& of_up,
-                                    const QuantizerArguments& of_product,
-                                    std::array<bool, 10> needs) {
-  const auto checked = check_quantized_glu_backward(grad, given_gate, given_up, activation, of_gate,
-                                                    of_activation, of_up, of_product);
+                                    const GluArguments& of, std::array<bool, 10> needs) {
+  const auto checked = check_quantized_glu_backward(grad, given_gate, given_up, activation, of);
   const c10::cuda::CUDAGuard guard(given_gate.device());
   if (!has_kernel(given_gate, checked)) {
-    return quantized_glu_backward_composite(grad, given_gate, given_up, activation, of_gate,
-                                            of_activation, of_up, of_product, needs);
+    return quantized_glu_backward_composite(grad, given_gate, given_up, activation, of, needs);
   }
   const at::Tensor gate = aligned_rows(given_gate), up = aligned_rows(given_up);
   const at::Tensor upstream = aligned_rows(grad);

@@ -19,14 +19,12 @@ class QuantizedGlu : public torch::autograd::Function<QuantizedGlu> {
   /// The lists are the quantizers' ranges, for autograd to see.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up,
                             at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-                            int64_t activation, const QuantizerArguments& of_gate,
-                            const QuantizerArguments& of_activation,
-                            const QuantizerArguments& of_up, const QuantizerArguments& of_product) {
+                            int64_t activation, const GluArguments& of) {
     // The call below shall reach a kernel, not this function again.
     const at::AutoDispatchBelowADInplaceOrView guard;
-    save(ctx, {gate, up}, {of_gate, of_activation, of_up, of_product});
+    save(ctx, {gate, up}, {of.gate, of.activation, of.up, of.product});
     ctx->saved_data["activation"] = activation;
-    return quantized_glu_op(gate, up, activation, of_gate, of_activation, of_up, of_product);
+    return quantized_glu_op(gate, up, activation, of);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -34,24 +32,19 @@ class QuantizedGlu : public torch::autograd::Function<QuantizedGlu> {
     if (!grads[0].defined()) return saved.none();
     return saved.in_order(quantized_glu_backward_op(
         grads[0], saved.tensor(0), saved.tensor(1), ctx->saved_data["activation"].toInt(),
-        saved.quantizer(0), saved.quantizer(1), saved.quantizer(2), saved.quantizer(3),
+        {saved.quantizer(0), saved.quantizer(1), saved.quantizer(2), saved.quantizer(3)},
         saved.needs<10>()));
   }
 };
 
 at::Tensor quantized_glu_autograd(const at::Tensor& gate, const at::Tensor& up, int64_t activation,
-                                  const QuantizerArguments& of_gate,
-                                  const QuantizerArguments& of_activation,
-                                  const QuantizerArguments& of_up,
-                                  const QuantizerArguments& of_product) {
+                                  const GluArguments& of) {
   // Before anything is recorded for the backward.
-  const auto checked =
-      check_quantized_glu(gate, up, activation, of_gate, of_activation, of_up, of_product);
+  const auto checked = check_quantized_glu(gate, up, activation, of);
   check_differentiable("quantized_glu",
                        {checked.gate, checked.activation, checked.up, checked.product});
-  return QuantizedGlu::apply(gate, up, of_gate.ranges, of_activation.ranges, of_up.ranges,
-                             of_product.ranges, activation, of_gate, of_activation, of_up,
-                             of_product);
+  return QuantizedGlu::apply(gate, up, of.gate.ranges, of.activation.ranges, of.up.ranges,
+                             of.product.ranges, activation, of);
 }
 
 }  // namespace

@@ -84,24 +84,15 @@ struct Steps {
 }  // namespace
 
 at::Tensor quantized_glu_composite(const at::Tensor& gate, const at::Tensor& up, int64_t activation,
-                                   const QuantizerArguments& of_gate,
-                                   const QuantizerArguments& of_activation,
-                                   const QuantizerArguments& of_up,
-                                   const QuantizerArguments& of_product) {
-  const auto quantizers =
-      check_quantized_glu(gate, up, activation, of_gate, of_activation, of_up, of_product);
+                                   const GluArguments& of) {
+  const auto quantizers = check_quantized_glu(gate, up, activation, of);
   return quantize(Steps(gate, up, activation, quantizers).product, quantizers.product);
 }
 
 GluGradients quantized_glu_backward_composite(const at::Tensor& grad, const at::Tensor& gate,
                                               const at::Tensor& up, int64_t activation,
-                                              const QuantizerArguments& of_gate,
-                                              const QuantizerArguments& of_activation,
-                                              const QuantizerArguments& of_up,
-                                              const QuantizerArguments& of_product,
-                                              std::array<bool, 10> needs) {
-  const auto quantizers = check_quantized_glu_backward(grad, gate, up, activation, of_gate,
-                                                       of_activation, of_up, of_product);
+                                              const GluArguments& of, std::array<bool, 10> needs) {
+  const auto quantizers = check_quantized_glu_backward(grad, gate, up, activation, of);
   const Steps steps(gate, up, activation, quantizers);
   const auto [dproduct, product_first, product_second] =
       quantize_backward(grad, steps.product, quantizers.product, needs[8], needs[9]);

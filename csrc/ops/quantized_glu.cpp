@@ -28,10 +28,7 @@ int64_t activation_by_name(std::string_view name) {
 }  // namespace
 
 GluQuantizers check_quantized_glu(const at::Tensor& gate, const at::Tensor& up, int64_t activation,
-                                  const QuantizerArguments& of_gate,
-                                  const QuantizerArguments& of_activation,
-                                  const QuantizerArguments& of_up,
-                                  const QuantizerArguments& of_product) {
+                                  const GluArguments& of) {
   constexpr Where where{kOp};
   TORCH_CHECK(activation == static_cast<int64_t>(GluActivation::kSilu) ||
                   activation == static_cast<int64_t>(GluActivation::kGeluTanh),
@@ -42,20 +39,17 @@ GluQuantizers check_quantized_glu(const at::Tensor& gate, const at::Tensor& up, 
   TORCH_CHECK(up.scalar_type() == gate.scalar_type() && up.device() == gate.device(), where,
               ": up must be ", gate.scalar_type(), " on ", gate.device(), " like gate, got ",
               up.scalar_type(), " on ", up.device());
-  return {check_any_quantizer(kOp, "gate's ", "gate", gate, of_gate),
-          check_any_quantizer(kOp, "activation's ", "gate", gate, of_activation),
-          check_any_quantizer(kOp, "up's ", "up", up, of_up),
-          check_any_quantizer(kOp, "product's ", "gate", gate, of_product)};
+  return {check_any_quantizer(kOp, "gate's ", "gate", gate, of.gate),
+          check_any_quantizer(kOp, "activation's ", "gate", gate, of.activation),
+          check_any_quantizer(kOp, "up's ", "up", up, of.up),
+          check_any_quantizer(kOp, "product's ", "gate", gate, of.product)};
 }
 
 GluQuantizers check_quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gate,
                                            const at::Tensor& up, int64_t activation,
-                                           const QuantizerArguments& of_gate,
-                                           const QuantizerArguments& of_activation,
-                                           const QuantizerArguments& of_up,
-                                           const QuantizerArguments& of_product) {
+                                           const GluArguments& of) {
   check_grad({kOp}, "gate", grad, gate);
-  return check_quantized_glu(gate, up, activation, of_gate, of_activation, of_up, of_product);
+  return check_quantized_glu(gate, up, activation, of);
 }
 
 at::Tensor quantized_glu(const at::Tensor& gate, const at::Tensor& up,
@@ -64,9 +58,9 @@ at::Tensor quantized_glu(const at::Tensor& gate, const at::Tensor& up,
                          const std::optional<RangeArguments>& gate_range,
                          const std::optional<RangeArguments>& activation_range,
                          const std::optional<RangeArguments>& up_range) {
-  return quantized_glu_op(gate, up, activation_by_name(activation), by_position(kOp, gate_range),
-                          by_position(kOp, activation_range), by_position(kOp, up_range),
-                          by_position(kOp, product_range));
+  return quantized_glu_op(gate, up, activation_by_name(activation),
+                          {by_position(kOp, gate_range), by_position(kOp, activation_range),
+                           by_position(kOp, up_range), by_position(kOp, product_range)});
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

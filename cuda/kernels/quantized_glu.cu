@@ -111,24 +111,14 @@ __global__ void __launch_bounds__(kTeamThreads, 1) glu_forward(Glu<S, P> op) {
     }
     for (int begin = 0; begin < plan.vectors; begin += taken) {
       if (!held) multiply(begin);
-      const auto store = [&](const auto& quantize) {
+      with_quantizer<S>(range, [&](const auto& quantize) {
 #pragma unroll
         for (int u = 0; u < kHeld; ++u) {
           const int at = begin + team.rank() + u * plan.team;
           if (at >= vectors) continue;
           store_words<S, true>(op.out + offset + at * kCount, quantize(products[u]));
         }
-      };
-      if (range.exists()) {
-        with_fast_division(range.grid(), [&](const auto& grid) {
-          store([&](const Words<S, true>& words) {
-            return map_words<S>([&](int, T value) { return fake_quantize_element(value, grid); },
-                                words);
-          });
-        });
-      } else {
-        store([](const Words<S, true>& words) { return words; });
-      }
+      });
     }
   }
 }

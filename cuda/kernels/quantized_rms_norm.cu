@@ -73,23 +73,13 @@ __global__ void __launch_bounds__(kTeamThreads, 2) rms_norm_forward(RmsNorm<S, P
       search.include_vector(x.words[u]);
     }
     if (range.of_token()) range.find(team.extrema(search.result()));
-    const auto store = [&](const auto& quantize) {
+    with_quantizer<S>(range, [&](const auto& quantize) {
 #pragma unroll
       for (int u = 0; u < kRmsNormVectors; ++u) {
         const int at = rank + u * plan.team;
         if (at < vectors) store_words<S, true>(op.out + offset + at * kCount, quantize(x.words[u]));
       }
-    };
-    if (range.exists()) {
-      with_fast_division(range.grid(), [&](const auto& grid) {
-        store([&](const Words<S, true>& words) {
-          return map_words<S>([&](int, T value) { return fake_quantize_element(value, grid); },
-                              words);
-        });
-      });
-    } else {
-      store([](const Words<S, true>& words) { return words; });
-    }
+    });
     if (vectors > 0 && rank == 0) op.statistics[row] = statistic;
   }
 }

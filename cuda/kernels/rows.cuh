@@ -171,6 +171,17 @@ class RowRange {
   Sums<double> total_{};
 };
 
+/// Calls store(function) with what quantizes a vector; without a quantizer it returns the vector.
+template <class S, class T, class P, class Store>
+__device__ __forceinline__ void with_quantizer(const RowRange<T, P>& range, const Store& store) {
+  if (!range.exists()) return store([](const Words<S, true>& words) { return words; });
+  with_fast_division(range.grid(), [&](const auto& grid) {
+    store([&](const Words<S, true>& words) {
+      return map_words<S>([&](int, T value) { return fake_quantize_element(value, grid); }, words);
+    });
+  });
+}
+
 /// The block's part of a quantizer's sums, from those of its threads, to partials[block].
 __device__ __forceinline__ void store_row_sums(const Sums<double>& of_thread,
                                                Sums<double>* partials) {

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from asymq.config import QuantConfig
 from asymq.description import DESCRIPTION, describe, encode, read, whole_tensors
 from asymq.models.root import Prepared
-from asymq.preparation import prepare
+from asymq.preparation import carry_out, plan_of
 from asymq.quantizers import elements, is_split, named_quantizers
 from asymq.wrappers import unwrap
 
@@ -97,10 +96,8 @@ def give_quantizers(model: nn.Module, description: dict[str, Any], what: str) ->
     if isinstance(model, Prepared) or not specs:
         return
     try:
-        with warnings.catch_warnings():
-            # What is not quantized was said when the model was first prepared.
-            warnings.filterwarnings("ignore", r"asymq\.prepare: .* not a model whose every")
-            prepare(model, QuantConfig(overrides=specs), allow_lookahead=True)
+        # What is not quantized was said when the model was first prepared.
+        carry_out(plan_of(model, QuantConfig(overrides=specs)), allow_lookahead=True)
     except ValueError as error:
         raise ValueError(
             f"{what} holds a {description['class']}, which this {type(model).__name__} does not "

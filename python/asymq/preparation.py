@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from asymq import training
@@ -39,9 +41,23 @@ def prepare(model: nn.Module, config: QuantConfig, allow_lookahead: bool = False
     tensor, a weight that cannot be read through a quantizer or is used where none is, a dynamic
     activation range in a causal model (it sees later tokens) without `allow_lookahead`.
     """
+    plan = plan_of(model, config)
+    for message in plan.left_float:
+        warnings.warn(message, stacklevel=2)
+    return carry_out(plan, allow_lookahead)
+
+
+def plan_of(model: nn.Module, config: QuantConfig) -> Plan:
+    """What `prepare` is to do, and what it will say that it leaves."""
     _check_arguments(model, config)
     plan = Plan(model, config)
     (family_of(model) or generic).plan(plan, model)
+    return plan
+
+
+def carry_out(plan: Plan, allow_lookahead: bool) -> nn.Module:
+    """The plan's model, prepared. ValueError, before anything is changed, where it cannot be."""
+    model = plan.root
     plan.give_weights_quantizers()
     plan.check(allow_lookahead)
     plan.apply()

@@ -4,7 +4,6 @@ models of transformers what their structure says, the rest none."""
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 
 from torch import nn
@@ -62,12 +61,11 @@ def plan(plan: Plan, model: nn.Module) -> None:
     unknown = None if structure is None else structure.unknown()
     if left_alone or unknown is not None:
         what = [f"{count} {name}" for name, count in sorted(left_alone.items())]
-        warnings.warn(
+        plan.left_float.append(
             f"asymq.prepare: {type(model).__name__} is not a model whose every operation asymq "
             "knows: what happens between its layers is not quantized"
             + (f" ({'; '.join(unknown)})" if unknown else "")
-            + (f", and left alone: {', '.join(what)}" if what else ""),
-            stacklevel=4,
+            + (f", and left alone: {', '.join(what)}" if what else "")
         )
 
 

@@ -50,6 +50,7 @@ class Plan:
         self.root = self.model = root
         self.config = config
         self.prefix = ""
+        self.left_float: list[str] = []  # what prepare warns of
         self._kinds: dict[str, str] = {}  # of all sites by name, skipped ones included
         self._aliases: dict[str, str] = {}  # of shared quantizers, to their names
         self._inputs: dict[str, QuantAct | None] = {}  # of inputs that several layers may be fed

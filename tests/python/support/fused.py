@@ -39,6 +39,19 @@ def quantizer(name: str, low: float, high: float, dtype, device, bits=8) -> Rang
     )
 
 
+def in_layout(layout: str, shape: tuple[int, ...], device) -> Tensor:
+    """Random values of a shape, "dense" or in memory as the name says."""
+    if layout == "transposed":
+        return torch.randn(shape[::-1], device=device).permute(*range(len(shape))[::-1])
+    if layout == "offset":
+        return torch.randn(torch.Size(shape).numel() + 1, device=device)[1:].view(shape)
+    if layout == "sliced":
+        return torch.randn(*shape[:-1], 2 * shape[-1], device=device)[..., ::2]
+    if layout == "expanded":
+        return torch.randn(1, *shape[1:], device=device).expand(shape)
+    return torch.randn(shape, device=device)
+
+
 def fake_quantize(x: Tensor, name: str, range_: RangeArguments) -> Tensor:
     row = ROWS[name]
     options: dict = {"sigmoid": True} if row.sigmoid else {}
@@ -152,6 +165,13 @@ def assert_wanted_gradients_alone(call, groups: list[list[Tensor]], wanted: tupl
     for tensor, gradient in zip(everything, expected, strict=True):
         assert (tensor.grad is None) != tensor.requires_grad
         assert tensor.grad is None or torch.equal(tensor.grad, gradient)
+
+
+def assert_takes_expanded_gradient(call, x: Tensor) -> None:
+    """sum() delivers one number for all elements."""
+    (actual,) = torch.autograd.grad(call().sum(), x)
+    (expected,) = torch.autograd.grad(call(), x, torch.ones_like(x))
+    assert torch.equal(actual, expected)
 
 
 def assert_repeatable(call, leaves: list[Tensor]) -> None:
