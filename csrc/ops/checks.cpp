@@ -1,6 +1,7 @@
 #include "ops/checks.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "asymq/detail/layout.h"
@@ -84,6 +85,26 @@ void check_ends(const Where& where, const at::Tensor& min, const at::Tensor& max
               ", got ", max.device());
   TORCH_CHECK(max.sym_sizes() == min.sym_sizes(), where, ": max must have min's shape ",
               min.sym_sizes(), ", got ", max.sym_sizes());
+}
+
+void check_logits(const Where& where, const at::Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2, where,
+              ": logits must have 2 dimensions, [tokens, classes], got shape ", logits.sym_sizes());
+  check_elements(where, "logits", logits);
+  TORCH_CHECK(logits.sym_size(1) >= 1, where, ": logits must have at least one class, got shape ",
+              logits.sym_sizes());
+  TORCH_CHECK(logits.sym_size(1) <= std::numeric_limits<int>::max(), where,
+              ": logits must have less than 2^31 classes, got ", logits.sym_size(1));
+}
+
+void check_labels(const Where& where, const at::Tensor& labels, const at::Tensor& logits) {
+  TORCH_CHECK(labels.scalar_type() == at::kLong, where, ": labels must be int64, got ",
+              labels.scalar_type());
+  TORCH_CHECK(labels.dim() == 1 && labels.sym_size(0) == logits.sym_size(0), where,
+              ": labels must have one element per row of the logits, shape [", logits.sym_size(0),
+              "], got ", labels.sym_sizes());
+  TORCH_CHECK(labels.device() == logits.device(), where, ": labels must be on the logits' device ",
+              logits.device(), ", got ", labels.device());
 }
 
 void check_grad(const Where& where, const char* name, const at::Tensor& grad, const at::Tensor& x) {

@@ -58,6 +58,12 @@ void check_granularity(const Where& where, const at::Tensor& x, const NamedTenso
 /// Two floating ends of ranges, of one shape, device and dtype.
 void check_ends(const Where& where, const at::Tensor& min, const at::Tensor& max);
 
+/// Logits [tokens, classes] of at least one class and less than 2^31.
+void check_logits(const Where& where, const at::Tensor& logits);
+
+/// int64 labels, one for each row of the logits. What they say is not looked at.
+void check_labels(const Where& where, const at::Tensor& labels, const at::Tensor& logits);
+
 /// An upstream gradient of the shape, dtype and device of the argument `name`.
 void check_grad(const Where& where, const char* name, const at::Tensor& grad, const at::Tensor& x);
 

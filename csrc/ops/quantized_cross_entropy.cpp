@@ -2,8 +2,6 @@
 
 #include <torch/library.h>
 
-#include <limits>
-
 #include "asymq/quantized_cross_entropy.h"
 #include "ops/checks.h"
 
@@ -22,20 +20,8 @@ at::Tensor in_schema_order(const at::Tensor& logits, const at::Tensor& labels, i
 CheckedQuantizer check_quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
                                                const QuantizerArguments& quantizer) {
   constexpr Where where{kOp};
-  TORCH_CHECK(logits.dim() == 2, where,
-              ": logits must have 2 dimensions, [tokens, classes], got shape ", logits.sym_sizes());
-  check_elements(where, "logits", logits);
-  TORCH_CHECK(logits.sym_size(1) >= 1, where, ": logits must have at least one class, got shape ",
-              logits.sym_sizes());
-  TORCH_CHECK(logits.sym_size(1) <= std::numeric_limits<int>::max(), where,
-              ": logits must have less than 2^31 classes, got ", logits.sym_size(1));
-  TORCH_CHECK(labels.scalar_type() == at::kLong, where, ": labels must be int64, got ",
-              labels.scalar_type());
-  TORCH_CHECK(labels.dim() == 1 && labels.sym_size(0) == logits.sym_size(0), where,
-              ": labels must have one element per row of the logits, shape [", logits.sym_size(0),
-              "], got ", labels.sym_sizes());
-  TORCH_CHECK(labels.device() == logits.device(), where, ": labels must be on the logits' device ",
-              logits.device(), ", got ", labels.device());
+  check_logits(where, logits);
+  check_labels(where, labels, logits);
   return check_quantizer(kOp, "", "logits", logits, quantizer);
 }
 

@@ -74,6 +74,10 @@ TORCH_LIBRARY(asymq, m) {
          ") -> Tensor");
   define("quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, " +
          range_schema() + ") -> Tensor");
+  define(
+      "quantized_kl_div(Tensor logits, Tensor teacher_logits, Tensor? labels, float temperature, "
+      "int ignore_index, " +
+      range_schema() + ") -> Tensor");
 
   define("quantized_rms_norm(Tensor x, Tensor weight, float eps, " + range_schema("output_") +
          ") -> Tensor");
@@ -124,5 +128,15 @@ TORCH_LIBRARY(asymq, m) {
   define("_quantized_glu_backward(Tensor grad, " + glu +
          ", bool[10] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
          "Tensor, Tensor)");
+  // statistics: of each row the largest quantized logit and the logarithm of the sum of
+  // exponentials, and the teacher's.
+  define("_quantized_kl_div(Tensor logits, Tensor teacher_logits, Tensor? labels, " +
+         quantizer_schema() +
+         ", float temperature, int ignore_index) -> (Tensor losses, Tensor statistics)");
+  define(
+      "_quantized_kl_div_backward(Tensor grad, Tensor logits, Tensor teacher_logits, "
+      "Tensor? labels, Tensor statistics, " +
+      quantizer_schema() +
+      ", float temperature, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)");
   define("_effective_scale_offset(" + granular_quantizer_schema() + ") -> (Tensor, Tensor)");
 }

@@ -1,96 +1,13 @@
 // Quantized cross-entropy, forward and backward: a block takes a row and reads it once.
 #include "kernels/quantized_cross_entropy.h"
 
-#include "asymq/detail/softmax.h"
+#include "kernels/logits.cuh"
 #include "kernels/quantizer_pair.cuh"
 
 namespace asymq::cuda {
 namespace {
 
-constexpr int kLossThreads = 512;
-constexpr int kLossBlocks =
-    2;  // resident blocks per multiprocessor that registers are allotted for
-constexpr int kLossUnroll = 4;  // vectors in flight per thread
-
-/// Calls visit(offset, pieces) for this thread's share of a row, `pieces` vectors at a time, a
-/// compile-time constant, kLossThreads apart from `offset` on; and visit_one(offset) for elements
-/// that no 16-byte access reaches: rows start where they will.
-template <int kCount, class S, class Visit, class VisitOne>
-__device__ __forceinline__ void for_each_piece(const CrossEntropyOperands<S>& op, const S* row,
-                                               const Visit& visit, const VisitOne& visit_one) {
-  const int classes = op.classes;
-  const auto misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(S));
-  const int head = op.vectorized ? min((kCount - misaligned) % kCount, classes) : classes;
-  const int vectors = (classes - head) / kCount;
-  int vector = threadIdx.x;
-  for (; vector + (kLossUnroll - 1) * kLossThreads < vectors;
-       vector += kLossUnroll * kLossThreads) {
-    visit(head + vector * kCount, std::integral_constant<int, kLossUnroll>{});
-  }
-  for (; vector < vectors; vector += kLossThreads) {
-    visit(head + vector * kCount, std::integral_constant<int, 1>{});
-  }
-  for (int i = threadIdx.x; i < classes - vectors * kCount; i += kLossThreads) {
-    visit_one(i < head ? i : i + vectors * kCount);
-  }
-}
-
-/// Running largest value and sum of e^(value - largest).
-template <class T>
-struct SumOfExponentials {
-  T largest = -INFINITY;
-  T sum = 0;
-
-  template <int kCount>
-  __device__ __forceinline__ void add(const T (&values)[kCount]) {
-    T most = largest;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) most = detail::larger(most, values[i]);
-    rescale(most);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += exp(values[i] - most);
-  }
-
-  __device__ __forceinline__ void add(SumOfExponentials other) {
-    const T most = detail::larger(largest, other.largest);
-    rescale(most);
-    other.rescale(most);
-    sum += other.sum;
-  }
-
- private:
-  __device__ __forceinline__ void rescale(T most) {
-    // The comparison spares most of the exponentials, and -inf - -inf.
-    if (most != largest) sum *= exp(largest - most);
-    largest = most;
-  }
-};
-
-/// Of the whole block's; thread 0 receives the result.
-template <class T>
-__device__ __forceinline__ SumOfExponentials<T> reduce_block(SumOfExponentials<T> state) {
-  __shared__ T largest[kLossThreads / kWarp], sum[kLossThreads / kWarp];
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    SumOfExponentials<T> other;
-    other.largest = __shfl_xor_sync(~0u, state.largest, step);
-    other.sum = __shfl_xor_sync(~0u, state.sum, step);
-    state.add(other);
-  }
-  if (threadIdx.x % kWarp == 0) {
-    largest[threadIdx.x / kWarp] = state.largest;
-    sum[threadIdx.x / kWarp] = state.sum;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kLossThreads / kWarp; ++warp) {
-      SumOfExponentials<T> other;
-      other.largest = largest[warp];
-      other.sum = sum[warp];
-      state.add(other);
-    }
-  }
-  return state;
-}
+constexpr int kUnroll = 4;  // vectors in flight per thread
 
 template <class S, class P>
 __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
@@ -108,8 +25,8 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
   const auto grid = make_block_grid<T>(quantizer.kind, quantizer.ranges, 0);
   with_fast_division(grid, [&](const auto& fast) {
     SumOfExponentials<T> state;
-    for_each_piece<kCount>(
-        op, row,
+    for_each_piece<kCount, kUnroll>(
+        row, op.classes, op.vectorized,
         [&](int offset, auto pieces) {
           constexpr int kPieces = decltype(pieces)::value;
           Vector<S, kCount> raw[kPieces];
@@ -169,8 +86,8 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
       add(partial, term);
       return narrow<S>(term.x);
     };
-    for_each_piece<kCount>(
-        op, row,
+    for_each_piece<kCount, kUnroll>(
+        row, op.classes, op.vectorized,
         [&](int offset, auto pieces) {
           constexpr int kPieces = decltype(pieces)::value;
           Vector<S, kCount> values[kPieces];

@@ -1,5 +1,5 @@
-// The quantized GELU, cross-entropy, RMSNorm and gated unit against the composition of our own
-// functions, and their arguments.
+// The quantized GELU, losses, RMSNorm and gated unit against the composition of our own functions,
+// and their arguments.
 #include "support.h"
 
 namespace asymq_test {
@@ -105,6 +105,29 @@ TEST_P(FusedTest, GluEqualsTheComposition) {
   }
 }
 
+TEST_P(FusedTest, KlDivEqualsTheComposition) {
+  const Tensor teacher = at::randn({6, 41}).to(device());
+  const Tensor labels = at::zeros({6}, at::kLong).to(device());
+  labels[2] = -100;
+  const double temperature = 2;
+  const Tensor quantized = asymq::fake_quantize_min_max(x, min, max, 8);
+  const Tensor want = at::kl_div((quantized / temperature).log_softmax(1),
+                                 (teacher / temperature).log_softmax(1), at::Reduction::None, true)
+                          .sum(1)
+                          .mul(temperature * temperature)
+                          .masked_fill(labels.eq(-100), 0);
+  const Tensor got =
+      asymq::quantized_kl_div(x, teacher, {"min_max", {min, max}, 8}, labels, temperature);
+  EXPECT_TRUE(close(got, want, want.abs().max()));
+  const Tensor grad = at::randn({6}).to(device());
+  const Tensors leaves{x, min, max};
+  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
+  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    EXPECT_TRUE(close(grads[i], expected[i], grad.abs().sum(), 1e-6)) << i;
+  }
+}
+
 TEST_P(FusedTest, Errors) {
   const Tensors ends{min, max}, wide{min.expand({2}), max.expand({2})}, few{min};
   const Tensors constants{beta, gamma, low, high.clone().requires_grad_()};
@@ -155,6 +178,14 @@ TEST_P(FusedTest, Errors) {
   loss(x, labels.slice(0, 1), range, {"labels", "[6]", "[5]"});
   loss(x, labels, {"range", ends, 8}, {"parameterization", "range"});
   loss(x, labels, {"beta_gamma", constants, 8}, {"beta_gamma", "max", "grad"});
+  const auto divergence = [&](const Tensor& teacher, double temperature,
+                              std::vector<std::string> parts) {
+    parts.push_back("asymq::quantized_kl_div");
+    expect_error([&] { asymq::quantized_kl_div(x, teacher, range, labels, temperature); }, parts);
+  };
+  divergence(x, 1, {"teacher_logits", "grad"});
+  divergence(x.detach().slice(0, 1), 1, {"teacher_logits", "[6, 41]", "[5, 41]"});
+  divergence(x.detach(), 0, {"temperature", "positive", "0"});
   if (device().is_cpu()) {
     loss(x, labels + 41, range, {"labels", "0 to 40", "41"});
   } else {

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parents[2] / "python" / "asymq"
 
 # From the ground up: files and folders of the package.
 STOREYS = [
-    {"_build", "_library", "_moved", "ops", "reference"},
+    {"_build", "_library", "_moved", "ops", "reference", "wrappers"},
     {"quantizers"},
     {"layers", "training"},
-    {"config", "description", "models", "wrappers"},
+    {"config", "description", "models"},
     {"preparation", "calibration", "conversion", "checkpoint", "summary"},
     {"integrations"},
     {"__init__"},

@@ -5,5 +5,6 @@
 #include "asymq/quantized_cross_entropy.h"
 #include "asymq/quantized_gelu.h"
 #include "asymq/quantized_glu.h"
+#include "asymq/quantized_kl_div.h"
 #include "asymq/quantized_rms_norm.h"
 #include "asymq/quantized_softmax.h"
