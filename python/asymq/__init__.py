@@ -56,6 +56,7 @@ from asymq.quantizers import (  # noqa: E402
 )
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
+    SelfDistillation,
     attach_step_rule,
     capture_step,
     freeze_weights,
@@ -79,6 +80,7 @@ __all__ = [
     "QuantLinear",
     "QuantRMSNorm",
     "QuantSpec",
+    "SelfDistillation",
     "__version__",
     "attach_step_rule",
     "calibrate",

@@ -124,3 +124,35 @@ def cross_entropy(
     logits = apply(quantizer, logits)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
+
+
+def kl_div(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    quantizer: Quantizer | None,
+    temperature: float,
+    ignore_index: int = -100,
+) -> Tensor:
+    """T²·KL(softmax(teacher_logits/T) || softmax(quantizer(logits)/T)) of every row, T the
+    temperature, 0 where the label is ignore_index.
+
+    logits, teacher_logits: [tokens, classes]. labels: [tokens]. Returns [tokens], in float32
+    (float64 for float64).
+    """
+    ranges = ranges_of(quantizer)
+    if ranges is not None:
+        return ops.quantized_kl_div(
+            logits,
+            teacher_logits,
+            *ranges,
+            labels=labels,
+            temperature=temperature,
+            ignore_index=ignore_index,
+        )
+    logits = apply(quantizer, logits)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    student = torch.log_softmax(logits.to(wide) / temperature, -1)
+    target = torch.softmax(teacher_logits.to(wide) / temperature, -1)
+    losses = F.kl_div(student, target, reduction="none").sum(-1) * temperature**2
+    return losses.masked_fill(labels == ignore_index, 0)

@@ -2,6 +2,7 @@
 sharding."""
 
 from asymq.training.capture import capture_step
+from asymq.training.distillation import SelfDistillation
 from asymq.training.ranges import (
     freeze_weights,
     range_parameters,
@@ -12,6 +13,7 @@ from asymq.training.shard import shard
 from asymq.training.step_rules import attach_step_rule
 
 __all__ = [
+    "SelfDistillation",
     "attach_step_rule",
     "capture_step",
     "freeze_weights",

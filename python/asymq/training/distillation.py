@@ -44,8 +44,8 @@ class SelfDistillation:
     hidden: names of modules, with wildcards, whose outputs (of a tuple the first tensor) add the
     mean squared difference of counted positions to the teacher's, each with weight 1.
 
-    Works on a model in DistributedDataParallel, FSDP2 or torch.compile (then without `hidden`), with
-    checkpointing and accumulation, and as the loss of a transformers Trainer:
+    Works on a model in DistributedDataParallel, FSDP2 or torch.compile (then without `hidden`),
+    with checkpointing and accumulation, and as the loss of a transformers Trainer:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return asymq.SelfDistillation(model)(**inputs, num_items_in_batch=num_items_in_batch)
@@ -60,8 +60,8 @@ class SelfDistillation:
         teacher: nn.Module | Callable | None = None,
         hidden: Sequence[str] = (),
     ):
-        if not temperature > 0 or temperature == float("inf"):
-            raise ValueError(f"{_NAME}: temperature must be positive and finite, got {temperature}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"{_NAME}: temperature must be positive, got {temperature}")
         if not 0 <= cross_entropy < float("inf"):
             raise ValueError(f"{_NAME}: cross_entropy must be at least 0, got {cross_entropy}")
         if not any(True for _ in named_quantizers(model)):
@@ -142,13 +142,13 @@ class SelfDistillation:
         for name, parameter in self.model.named_parameters():
             if id(parameter) in learning and ".lora_" not in name:
                 raise ValueError(
-                    f"{_NAME}: {name} learns, so that the model with its quantizers off is no fixed "
+                    f"{_NAME}: {name} learns, so that the model without its quantizers is no fixed "
                     "teacher: call asymq.freeze_weights(model), or give teacher= a float model"
                 )
 
     def _observed(self, model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(unwrap(model).named_modules())
-        found = {}
+        found: dict[str, nn.Module] = {}
         for pattern in self.hidden:
             matching = [name for name in modules if fnmatchcase(name, pattern)]
             if not matching:
@@ -263,13 +263,17 @@ def _without_quantizers(model: nn.Module) -> Iterator[None]:
                 quantizer.state = state
 
 
-def _without_adapters(model: nn.Module) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
     """Of peft, around the model or within it."""
     if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return contextlib.nullcontext()
-    model.disable_adapters()
-    stack = contextlib.ExitStack()
-    stack.callback(model.enable_adapters)
-    return stack
+        with model.disable_adapter():
+            yield
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+    else:
+        yield
