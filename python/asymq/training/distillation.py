@@ -61,7 +61,7 @@ class SelfDistillation:
         hidden: Sequence[str] = (),
     ):
         if not 0 < temperature < float("inf"):
-            raise ValueError(f"{_NAME}: temperature must be positive, got {temperature}")
+            raise ValueError(f"{_NAME}: temperature must be above 0, got {temperature}")
         if not 0 <= cross_entropy < float("inf"):
             raise ValueError(f"{_NAME}: cross_entropy must be at least 0, got {cross_entropy}")
         if not any(True for _ in named_quantizers(model)):
@@ -73,8 +73,8 @@ class SelfDistillation:
         if self.hidden:
             if any(wrapper.title == "torch.compile" for wrapper in _wrappers(model)):
                 raise ValueError(
-                    f"{_NAME}: hidden needs the outputs of modules, which a compiled model does not "
-                    "show: give the model before torch.compile"
+                    f"{_NAME}: hidden needs the outputs of modules, which a compiled model hides: "
+                    "give the model before torch.compile"
                 )
             if teacher is not None and not isinstance(teacher, nn.Module):
                 raise ValueError(f"{_NAME}: hidden needs a teacher that is a module")
