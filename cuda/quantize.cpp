@@ -1,8 +1,9 @@
-// Quantize, dequantize, effective scale and offset.
+// Quantize, update_codes_, dequantize, effective scale and offset.
 #include "ops/quantize.h"
 
 #include "common.h"
 #include "kernels/quantize.h"
+#include "kernels/update_codes.h"
 #include "ops/effective_scale_offset.h"
 
 namespace asymq::cuda {
@@ -27,6 +28,32 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const Optional
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return codes;
+}
+
+at::Tensor update_codes_(const at::Tensor& codes, const at::Tensor& x, const at::Tensor& scale,
+                         const OptionalTensor& offset, int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_update_codes(codes, x, scale, offset, bits, eps, full_range);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto count = x.options().dtype(at::kLong);
+  if (x.numel() == 0) return at::zeros({}, count);
+  const at::Tensor changed = at::empty({}, count);
+  const at::Tensor target = match_layout(codes, x);
+  const detail::Layout layout = make_layout(x, scale.sizes());
+  const ContiguousRanges ranges({scale, offset, {}, {}});
+  const Plan plan = plan_for(layout, false, x, {target});
+  dispatch_types(x, scale, [&](auto element, auto range) {
+    using S = decltype(element);
+    using P = decltype(range);
+    dispatch_code_types(target, [&](auto code) {
+      using Code = std::make_unsigned_t<decltype(code)>;
+      launch_update_codes<S, P, Code>(plan, layout, kind, ranges.pointers<P>(), input<S>(x),
+                                      output<Code>(target), output<int64_t>(changed),
+                                      at::cuda::getCurrentCUDAStream());
+    });
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!target.is_same(codes)) codes.copy_(target);
+  return changed;
 }
 
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
@@ -70,6 +97,7 @@ std::tuple<at::Tensor, at::Tensor> effective_scale_offset(const GranularQuantize
 
 TORCH_LIBRARY_IMPL(asymq, CUDA, m) {
   m.impl("quantize", quantize);
+  m.impl("update_codes_", update_codes_);
   m.impl("dequantize", dequantize);
   m.impl("_effective_scale_offset", flat<effective_scale_offset>);
 }

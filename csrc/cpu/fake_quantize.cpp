@@ -1,5 +1,5 @@
-// CPU kernels: fake-quantize forward and backward, quantize, dequantize, effective scale and
-// offset.
+// CPU kernels: fake-quantize forward and backward, quantize, update_codes_, dequantize, effective
+// scale and offset.
 //
 // The loops over x (detail::Layout) are cut into tasks by shape alone, so that results do not
 // depend on the number of threads. A task walks its planes, the two innermost loops, whose rows are
@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
 
@@ -324,56 +325,125 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward_cpu(
   return {dx, first_grad, second_grad};
 }
 
-/// out[i] = convert(x[i], scale, offset) for every element.
-template <class In, class Out, class P, class Convert>
-void convert_elements(const at::Tensor& x, at::Tensor& out, const Layout& layout,
-                      const QuantizerKind& kind, const RangePointers<P>& ranges,
-                      const Convert& convert) {
-  const In* from = x.const_data_ptr<In>();
-  Out* to = out.mutable_data_ptr<Out>();
-  Tasks(layout).parallel_for_each_plane(
-      [&](const Dim& rows, const Dim& columns, const Position& plane, int64_t) {
-        for (int64_t row = 0; row < rows.size; ++row) {
-          Position at = plane.advanced(rows, row);
-          auto effective = effective_scale_offset(kind, ranges.load(at.range));
-          for (int64_t column = 0; column < columns.size; ++column) {
-            if (columns.range_stride != 0) {
-              effective = effective_scale_offset(kind, ranges.load(at.range));
-            }
-            to[at.out] = convert(from[at.x], effective);
-            at = at.advanced(columns, 1);
-          }
+/// Codes of one call: what the planes have in common. C: the codes' type. kCompare: counts how many
+/// of them change, else they have no values yet.
+template <bool kCompare, class S, class C>
+struct Codes {
+  using T = Compute<S>;
+  const S* x;
+  C* codes;
+  const GridTable<T>& grids;
+  CodeRange<T> limits;
+
+  bool put(C& code, T value) const {
+    const C now = static_cast<C>(value), before = kCompare ? code : now;
+    code = now;
+    return now != before;
+  }
+
+  /// loop(x, out, first, n) finds the codes of contiguous elements, in the compute type.
+  template <class Loop>
+  int64_t blocks(const Position& start, int64_t n, const Loop& loop) const {
+    T found[cpu::kBlock];
+    int64_t changed = 0;
+    for (int64_t first = 0; first < n; first += cpu::kBlock) {
+      const int64_t size = std::min(cpu::kBlock, n - first);
+      const S* from = x + start.x + first;
+      if constexpr (std::is_same_v<S, T>) {
+        loop(from, found, first, size);
+      } else {
+        cpu::widen(from, found, size);
+        loop(found, found, first, size);
+      }
+      C* to = codes + start.out + first;
+      int16_t changed_here = 0;  // of at most kBlock
+#pragma omp simd reduction(+ : changed_here)
+      for (int64_t i = 0; i < size; ++i) changed_here += put(to[i], found[i]);
+      changed += changed_here;
+    }
+    return changed;
+  }
+
+  int64_t plane(const Dim& rows, const Dim& columns, const Position& plane) const {
+    const bool contiguous = columns.x_stride == 1 || columns.size == 1;
+    const bool runs = contiguous && columns.range_stride == 0;
+    // Short runs, one after the other in memory, go through the buffer together.
+    const bool dense = runs && rows.x_stride == columns.size;
+    const int64_t together = dense ? std::max<int64_t>(cpu::kBlock / columns.size, 1) : 1;
+    int64_t changed = 0;
+    for (int64_t row = 0; row < rows.size; row += together) {
+      const Position start = plane.advanced(rows, row);
+      if (runs) {
+        const int64_t count = std::min(together, rows.size - row);
+        changed +=
+            blocks(start, count * columns.size, [&](const T* from, T* to, int64_t, int64_t n) {
+              const int64_t size = n / count;
+              for (int64_t i = 0; i < count; ++i) {
+                const Grid<T> grid = grids[start.range + i * rows.range_stride];
+                cpu::codes_run(from + i * size, to + i * size, size, grid, limits);
+              }
+            });
+      } else if (contiguous && columns.range_stride == 1) {
+        changed += blocks(start, columns.size, [&](const T* from, T* to, int64_t first, int64_t n) {
+          cpu::codes_row(from, to, n, grids.from(start.range + first), limits);
+        });
+      } else {
+        for (int64_t column = 0; column < columns.size; ++column) {
+          const Position at = start.advanced(columns, column);
+          changed += put(codes[at.out], quantize_element(static_cast<T>(x[at.x]), grids[at.range],
+                                                         limits.first, limits.last));
         }
-      });
-}
+      }
+    }
+    return changed;
+  }
+};
 
 template <class Body>
 void dispatch_codes(const at::Tensor& codes, const Body& body) {
   AT_DISPATCH_INTEGRAL_TYPES(codes.scalar_type(), "quantize", [&] { body(scalar_t{}); });
 }
 
-at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
-                        int64_t bits, double eps, bool full_range) {
-  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps, full_range);
-  const bool symmetric = is_symmetric(kind);
+/// Writes the codes of x, whose memory layout they have. kCompare: returns how many changed.
+template <bool kCompare>
+int64_t write_codes(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
+                    const QuantizerKind& kind, const at::Tensor& codes) {
   const Layout layout = make_layout(x, scale.sizes());
   const ContiguousRanges ranges({scale, offset, {}, {}});
-  at::Tensor codes = at::empty_like(x, x.options().dtype(code_dtype(bits, symmetric)));
+  std::atomic<int64_t> changed = 0;
   dispatch_dtypes(x, scale, [&](auto element, auto range) {
     using S = decltype(element);
-    using T = Compute<S>;
-    const CodeRange<T> limits = code_range<T>(kind);
+    using P = decltype(range);
+    const GridTable<Compute<S>> grids(kind, ranges.pointers<P>(), layout.ranges);
     dispatch_codes(codes, [&](auto code) {
       using C = decltype(code);
-      convert_elements<S, C>(
-          x, codes, layout, kind, ranges.pointers<decltype(range)>(), [&](S value, auto effective) {
-            return static_cast<C>(quantize_element(
-                static_cast<T>(value), static_cast<T>(effective.scale),
-                static_cast<T>(round_half_even(effective.offset)), limits.first, limits.last));
+      const Codes<kCompare, S, C> of_call{x.const_data_ptr<S>(), codes.mutable_data_ptr<C>(), grids,
+                                          code_range<Compute<S>>(kind)};
+      Tasks(layout).parallel_for_each_plane(
+          [&](const Dim& rows, const Dim& columns, const Position& plane, int64_t) {
+            changed += of_call.plane(rows, columns, plane);
           });
     });
   });
+  return changed;
+}
+
+at::Tensor quantize_cpu(const at::Tensor& x, const at::Tensor& scale, const OptionalTensor& offset,
+                        int64_t bits, double eps, bool full_range) {
+  const QuantizerKind kind = check_quantize(x, scale, offset, bits, eps, full_range);
+  at::Tensor codes = at::empty_like(x, x.options().dtype(code_dtype(bits, is_symmetric(kind))));
+  write_codes<false>(x, scale, offset, kind, codes);
   return codes;
+}
+
+at::Tensor update_codes_cpu(const at::Tensor& codes, const at::Tensor& x, const at::Tensor& scale,
+                            const OptionalTensor& offset, int64_t bits, double eps,
+                            bool full_range) {
+  const QuantizerKind kind = check_update_codes(codes, x, scale, offset, bits, eps, full_range);
+  const at::Tensor target = match_layout(codes, x);
+  const int64_t changed = write_codes<true>(x, scale, offset, kind, target);
+  if (!target.is_same(codes)) codes.copy_(target);
+  return at::scalar_tensor(changed, x.options().dtype(at::kLong));
 }
 
 at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
@@ -383,12 +453,24 @@ at::Tensor dequantize_cpu(const at::Tensor& codes, const at::Tensor& scale,
   const ContiguousRanges ranges({scale, offset, {}, {}});
   at::Tensor out = at::empty_like(codes, codes.options().dtype(scale.scalar_type()));
   AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "dequantize", [&] {
+    const auto pointers = ranges.pointers<scalar_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
     dispatch_codes(codes, [&](auto code) {
-      using C = decltype(code);
-      convert_elements<C, scalar_t>(
-          codes, out, layout, kind, ranges.pointers<scalar_t>(), [](C value, auto effective) {
-            return dequantize_element(static_cast<scalar_t>(value), effective.scale,
-                                      round_half_even(effective.offset));
+      const auto* from = codes.const_data_ptr<decltype(code)>();
+      Tasks(layout).parallel_for_each_plane(
+          [&](const Dim& rows, const Dim& columns, const Position& plane, int64_t) {
+            for (int64_t row = 0; row < rows.size; ++row) {
+              Position at = plane.advanced(rows, row);
+              auto effective = effective_scale_offset(kind, pointers.load(at.range));
+              for (int64_t column = 0; column < columns.size; ++column) {
+                if (columns.range_stride != 0) {
+                  effective = effective_scale_offset(kind, pointers.load(at.range));
+                }
+                to[at.out] = dequantize_element(static_cast<scalar_t>(from[at.x]), effective.scale,
+                                                round_half_even(effective.offset));
+                at = at.advanced(columns, 1);
+              }
+            }
           });
     });
   });
@@ -420,6 +502,7 @@ TORCH_LIBRARY_IMPL(asymq, CPU, m) {
   m.impl("_fake_quantize", flat<fake_quantize_cpu>);
   m.impl("_fake_quantize_backward", flat<fake_quantize_backward_cpu>);
   m.impl("quantize", quantize_cpu);
+  m.impl("update_codes_", update_codes_cpu);
   m.impl("dequantize", dequantize_cpu);
   m.impl("_effective_scale_offset", flat<effective_scale_offset_cpu>);
 }

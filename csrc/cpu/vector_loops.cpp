@@ -30,6 +30,26 @@ ASYMQ_HOST_DEVICE void forward_row_impl(const T* x, T* out, int64_t n, GridColum
   }
 }
 
+template <class T>
+ASYMQ_HOST_DEVICE void codes_run_impl(const T* x, T* out, int64_t n, Grid<T> grid,
+                                      CodeRange<T> codes) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = quantize_element(x[i], grid, codes.first, codes.last);
+  }
+}
+
+template <class T>
+ASYMQ_HOST_DEVICE void codes_row_impl(const T* x, T* out, int64_t n, GridColumns<T> grids,
+                                      CodeRange<T> codes) {
+  const T *scale = grids.scale, *lower = grids.lower;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Grid<T> grid{scale[i], lower[i], T(0)};
+    out[i] = quantize_element(x[i], grid, codes.first, codes.last);
+  }
+}
+
 // The number of partial sums is fixed, whatever the vector width: results do not depend on the
 // processor.
 template <bool kInput, bool kSums, class T>
@@ -188,6 +208,26 @@ ASYMQ_CPU_DISPATCH void backward_row(const float* grad, const float* x, float* d
 ASYMQ_CPU_DISPATCH void backward_row(const double* grad, const double* x, double* dx, int64_t n,
                                      GridColumns<double> grids, SumColumns<double> sums) {
   backward_row_select(grad, x, dx, n, grids, sums);
+}
+
+ASYMQ_CPU_DISPATCH void codes_run(const float* x, float* out, int64_t n, Grid<float> grid,
+                                  CodeRange<float> codes) {
+  codes_run_impl(x, out, n, grid, codes);
+}
+
+ASYMQ_CPU_DISPATCH void codes_run(const double* x, double* out, int64_t n, Grid<double> grid,
+                                  CodeRange<double> codes) {
+  codes_run_impl(x, out, n, grid, codes);
+}
+
+ASYMQ_CPU_DISPATCH void codes_row(const float* x, float* out, int64_t n, GridColumns<float> grids,
+                                  CodeRange<float> codes) {
+  codes_row_impl(x, out, n, grids, codes);
+}
+
+ASYMQ_CPU_DISPATCH void codes_row(const double* x, double* out, int64_t n,
+                                  GridColumns<double> grids, CodeRange<double> codes) {
+  codes_row_impl(x, out, n, grids, codes);
 }
 
 ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const float* x, int64_t n) {

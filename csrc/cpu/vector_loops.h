@@ -58,6 +58,14 @@ void backward_row(const float* grad, const float* x, float* dx, int64_t n, GridC
 void backward_row(const double* grad, const double* x, double* dx, int64_t n,
                   GridColumns<double> grids, SumColumns<double> sums);
 
+/// out[i] = the code of x[i], in the compute type.
+void codes_run(const float* x, float* out, int64_t n, Grid<float> grid, CodeRange<float> codes);
+void codes_run(const double* x, double* out, int64_t n, Grid<double> grid, CodeRange<double> codes);
+void codes_row(const float* x, float* out, int64_t n, GridColumns<float> grids,
+               CodeRange<float> codes);
+void codes_row(const double* x, double* out, int64_t n, GridColumns<double> grids,
+               CodeRange<double> codes);
+
 /// The extrema of n > 0 elements.
 Extrema<float> extrema_run(const float* x, int64_t n);
 Extrema<double> extrema_run(const double* x, int64_t n);

@@ -34,6 +34,13 @@ at::Tensor quantize_meta(const at::Tensor& x, const at::Tensor& scale, const Opt
   return at::empty_like(x, x.options().dtype(code_dtype(bits, is_symmetric(kind))));
 }
 
+at::Tensor update_codes_meta(const at::Tensor& codes, const at::Tensor& x, const at::Tensor& scale,
+                             const OptionalTensor& offset, int64_t bits, double eps,
+                             bool full_range) {
+  check_update_codes(codes, x, scale, offset, bits, eps, full_range);
+  return at::empty({}, x.options().dtype(at::kLong));
+}
+
 at::Tensor dequantize_meta(const at::Tensor& codes, const at::Tensor& scale,
                            const OptionalTensor& offset, int64_t bits, double eps,
                            bool full_range) {
@@ -53,6 +60,7 @@ TORCH_LIBRARY_IMPL(asymq, Meta, m) {
   m.impl("_fake_quantize", flat<fake_quantize_meta>);
   m.impl("_fake_quantize_backward", flat<fake_quantize_backward_meta>);
   m.impl("quantize", quantize_meta);
+  m.impl("update_codes_", update_codes_meta);
   m.impl("dequantize", dequantize_meta);
   m.impl("_effective_scale_offset", flat<effective_scale_offset_meta>);
 }

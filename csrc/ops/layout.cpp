@@ -12,14 +12,14 @@ std::vector<int64_t> dense_strides(const at::Tensor& x) {
   return at::infer_dense_strides(x.sizes(), x.strides());
 }
 
-at::Tensor match_layout(const at::Tensor& grad, const at::Tensor& x) {
+at::Tensor match_layout(const at::Tensor& tensor, const at::Tensor& x) {
   const auto strides = dense_strides(x);
   for (int64_t axis = 0; axis < x.dim(); ++axis) {
-    if (x.size(axis) != 1 && grad.stride(axis) != strides[axis]) {
-      return at::empty_strided(x.sizes(), strides, grad.options()).copy_(grad);
+    if (x.size(axis) != 1 && tensor.stride(axis) != strides[axis]) {
+      return at::empty_strided(x.sizes(), strides, tensor.options()).copy_(tensor);
     }
   }
-  return grad;
+  return tensor;
 }
 
 detail::Layout make_layout(const at::Tensor& x, at::IntArrayRef range_sizes) {

@@ -13,8 +13,8 @@ namespace asymq {
 /// Strides of empty_like(x) without allocating it.
 std::vector<int64_t> dense_strides(const at::Tensor& x);
 
-/// `grad` in the memory layout of empty_like(x): itself, or a copy.
-at::Tensor match_layout(const at::Tensor& grad, const at::Tensor& x);
+/// A tensor of x's shape in the memory layout of empty_like(x): itself, or a copy.
+at::Tensor match_layout(const at::Tensor& tensor, const at::Tensor& x);
 
 /// Loops of a checked call over x with ranges of shape `range_sizes`.
 detail::Layout make_layout(const at::Tensor& x, at::IntArrayRef range_sizes);

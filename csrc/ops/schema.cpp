@@ -65,6 +65,9 @@ TORCH_LIBRARY(asymq, m) {
       "quantize(Tensor x, Tensor scale, Tensor? offset, int bits, float eps=1e-8, "
       "bool full_range=False) -> Tensor");
   define(
+      "update_codes_(Tensor(a!) codes, Tensor x, Tensor scale, Tensor? offset, int bits, "
+      "float eps=1e-8, bool full_range=False) -> Tensor");
+  define(
       "dequantize(Tensor codes, Tensor scale, Tensor? offset, int bits, float eps=1e-8, "
       "bool full_range=False) -> Tensor");
 

@@ -22,10 +22,9 @@ __global__ void quantize_kernel(Layout layout, QuantizerKind kind, RangePointers
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < layout.numel; i += stride) {
     const Place place = place_of(layout, i);
-    const auto effective = effective_scale_offset(kind, ranges.load(place.range));
-    codes[place.out] = static_cast<Code>(quantize_element(
-        static_cast<T>(widen(x[place.x])), static_cast<T>(effective.scale),
-        static_cast<T>(round_half_even(effective.offset)), limits.first, limits.last));
+    const auto grid = make_grid<T>(kind, ranges.load(place.range));
+    codes[place.out] =
+        static_cast<Code>(quantize_element(widen(x[place.x]), grid, limits.first, limits.last));
   }
 }
 

@@ -39,6 +39,7 @@ from asymq.ops import (  # noqa: E402
     fake_quantize_symmetric_max,
     fake_quantize_symmetric_scale,
     quantize,
+    update_codes_,
 )
 from asymq.preparation import prepare  # noqa: E402
 from asymq.quantizers import (  # noqa: E402
@@ -110,6 +111,7 @@ __all__ = [
     "save",
     "shard",
     "summary",
+    "update_codes_",
     "use_functions",
     "weight_parameters",
 ]

@@ -1,4 +1,4 @@
-"""The operators: fake-quantize with learnable ranges, quantize, dequantize.
+"""The operators: fake-quantize with learnable ranges, quantize, update_codes_, dequantize.
 
 Common to all functions:
 
@@ -36,6 +36,7 @@ _dynamic_beta_gamma = _ops.fake_quantize_dynamic_beta_gamma.default
 _dynamic_symmetric_gamma = _ops.fake_quantize_dynamic_symmetric_gamma.default
 _live = _ops._fake_quantize_live.default
 _quantize = _ops.quantize.default
+_update_codes_ = _ops.update_codes_.default
 _dequantize = _ops.dequantize.default
 _effective_scale_offset = _ops.effective_scale_offset.default
 _range_of_extrema = _ops.range_of_extrema.default
@@ -190,6 +191,22 @@ def quantize(
     bits, else int16.
     """
     return _quantize(x, scale, offset, bits, eps, full_range)
+
+
+def update_codes_(
+    codes: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    full_range: bool = False,
+) -> Tensor:
+    """Overwrites ``codes``, of the shape and dtype that :func:`quantize` gives for x, with x's
+    codes, in one pass, and returns how many of them changed: int64, 0-d, on x's device.
+    """
+    return _update_codes_(codes, x, scale, offset, bits, eps, full_range)
 
 
 def dequantize(

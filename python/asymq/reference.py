@@ -666,6 +666,25 @@ def quantize(
 
 
 @torch.no_grad()
+def update_codes_(
+    codes, x, scale, offset=None, *, bits: int, eps: float = 1e-8, full_range: bool = False
+) -> Tensor:
+    """Overwrites codes with those of x; returns how many changed, int64 and 0-d.
+
+    RuntimeError: codes of another shape or dtype than quantize gives.
+    """
+    new = quantize(x, scale, offset, bits=bits, eps=eps, full_range=full_range)
+    if (codes.shape, codes.dtype) != (new.shape, new.dtype):
+        raise RuntimeError(
+            f"asymq.reference: codes must be {new.dtype} of shape {list(new.shape)}, got "
+            f"{codes.dtype} of shape {list(codes.shape)}"
+        )
+    changed = (codes != new).sum()
+    codes.copy_(new)
+    return changed
+
+
+@torch.no_grad()
 def dequantize(
     codes, scale, offset=None, *, bits: int, eps: float = 1e-8, full_range: bool = False
 ) -> Tensor:

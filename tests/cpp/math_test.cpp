@@ -101,11 +101,13 @@ TYPED_TEST(QuantMath, ElementGradient) {
 
 TYPED_TEST(QuantMath, CodesAndBack) {
   using T = TypeParam;
-  EXPECT_EQ(asymq::quantize_element(T(0.7), T(0.5), T(-3), T(0), T(15)), T(4));
+  const asymq::Grid<T> grid{T(0.5), T(-3), T(12)}, symmetric{T(0.5), T(-7), T(7)};
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  EXPECT_EQ(asymq::quantize_element(T(0.7), grid, T(0), T(15)), T(4));
+  EXPECT_EQ(asymq::quantize_element(T(-9), grid, T(0), T(15)), T(0));
+  EXPECT_EQ(asymq::quantize_element(T(0.7), symmetric, T(-7), T(7)), T(1));
+  EXPECT_EQ(asymq::quantize_element(nan, grid, T(0), T(15)), T(0));
   EXPECT_EQ(asymq::dequantize_element(T(4), T(0.5), T(-3)), T(0.5));
-  EXPECT_EQ(
-      asymq::quantize_element(std::numeric_limits<T>::quiet_NaN(), T(0.5), T(-3), T(0), T(15)),
-      T(0));
 }
 
 TEST(Parameterization, EachNameAppearsOnce) {

@@ -67,6 +67,46 @@ def test_codes_equal_on_both_devices():
         assert_bit_equal(asymq.dequantize(codes.cuda(), *cuda, bits=bits).cpu(), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, ranges",
+    [
+        ((1,), (1,)),
+        ((8193,), (1,)),
+        ((3, 5_000_001), (1,)),
+        ((3, 5_000_001), (3, 1)),
+        ((2, 4_000_000), (2, 1)),
+        ((4099, 96), (4099, 1)),
+        ((4099, 96), (4099, 3)),
+        ((513, 768), (513, 24)),
+        ((50257, 768), (50257, 1)),
+        ((2048, 3072), (1, 3072)),
+        ((2047, 3071), (1, 3071)),
+        ((64, 32, 3, 3), (64, 1, 1, 1)),
+        ((64, 32, 3, 3), (1, 32, 1, 1)),
+        ((48, 30), (16, 15)),
+    ],
+    ids=str,
+)
+def test_codes_are_updated_alike_on_both_devices(shape, ranges, dtype):
+    """On every path of the kernel: bit-equal codes, the exact count, nothing written beside them."""
+    x = torch.randn(shape).to(dtype)
+    scale, offset = 0.05 + 0.2 * torch.rand(ranges), (-4 * torch.rand(ranges)).round()
+    for z in (offset, None):
+        codes = asymq.quantize(x, scale, z, bits=4)
+        # Between guards.
+        around = torch.full((codes.numel() + 64,), 77, dtype=codes.dtype, device="cuda")
+        on_cuda = around[32:-32].view(shape)
+        on_cuda.copy_(codes)
+        x2 = torch.where(torch.rand(shape) < 0.01, -x, x)
+        z_cuda = None if z is None else z.cuda()
+        for _ in range(2):
+            expected = asymq.update_codes_(codes, x2, scale, z, bits=4)
+            actual = asymq.update_codes_(on_cuda, x2.cuda(), scale.cuda(), z_cuda, bits=4)
+            assert torch.equal(on_cuda.cpu(), codes) and actual.cpu() == expected
+        assert (around[:32] == 77).all() and (around[-32:] == 77).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("factors", ["one", "positions", "own"])
 @pytest.mark.parametrize(
@@ -232,10 +272,26 @@ def test_never_synchronises(granularity):
     try:
         torch.cuda.set_sync_debug_mode("error")
         step(sample, inputs)
-        asymq.dequantize(asymq.quantize(inputs.x, scale, scale, bits=8), scale, scale, bits=8)
+        codes = asymq.quantize(inputs.x, scale, scale, bits=8)
+        asymq.dequantize(codes, scale, scale, bits=8)
+        asymq.update_codes_(codes, inputs.x, scale, scale, bits=8)
         asymq.effective_scale_offset("min_max", scale, scale, bits=8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_of_an_update_of_codes():
+    """The count starts from 0 in every replay."""
+    x, scale = torch.randn(300, 64, device="cuda"), torch.full((1,), 0.1, device="cuda")
+    codes = asymq.quantize(x, scale, bits=4)
+    asymq.update_codes_(codes, x, scale, bits=4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        changed = asymq.update_codes_(codes, x, scale, bits=4)
+    for expected in (codes.count_nonzero(), 0):
+        x.zero_()
+        graph.replay()
+        assert changed == expected
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

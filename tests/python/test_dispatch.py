@@ -55,6 +55,7 @@ def test_opcheck_of_codes(offset, device):
     torch.library.opcheck(OPS.quantize.default, (x, scale, offset, 4, 1e-8))
     codes = asymq.quantize(x, scale, offset, bits=4)
     torch.library.opcheck(OPS.dequantize.default, (codes, scale, offset, 4, 1e-8))
+    torch.library.opcheck(OPS.update_codes_.default, (codes, x / 2, scale, offset, 4, 1e-8))
 
 
 def compiled_step(sample, device, backend, dynamic):
@@ -156,6 +157,22 @@ def test_compiled_codes(device):
     torch.compiler.reset()
     compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager")
     assert_bit_equal(compiled(x, -scale, 9 * scale), round_trip(x, -scale, 9 * scale))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_update_of_codes(backend, device):
+    x, scale = torch.randn(4, 6, device=device), torch.full((4, 1), 0.1, device=device)
+
+    def updated(codes, x):
+        changed = asymq.update_codes_(codes, x, scale, bits=4)
+        return changed / codes.numel(), asymq.update_codes_(codes, x / 2, scale, bits=4)
+
+    torch.compiler.reset()
+    compiled = torch.compile(updated, fullgraph=True, backend=backend)
+    codes = [torch.zeros(4, 6, dtype=torch.int8, device=device) for _ in range(2)]
+    for a, e in zip(compiled(codes[0], x), updated(codes[1], x), strict=True):
+        assert torch.equal(a, e) and a > 0
+    assert torch.equal(*codes)
 
 
 class Quantizer(torch.nn.Module):

@@ -90,6 +90,30 @@ ERRORS = [
         r"codes must be .* for 8 bits without offset, got Byte",
     ),
     (
+        "update_codes_",
+        (CODES, X, ONE),
+        {},
+        r"codes must be .* for 8 bits without offset, got Byte",
+    ),
+    (
+        "update_codes_",
+        (CODES, X, ONE, ONE),
+        {"bits": 9},
+        r"codes must be Int for 9 bits with offset, got Byte",
+    ),
+    (
+        "update_codes_",
+        (CODES, t(3, 2), ONE, ONE),
+        {},
+        r"codes must have x's shape \[3, 2\], got \[2, 3\]",
+    ),
+    (
+        "update_codes_",
+        (t(2, 3, dtype=torch.uint8, device="meta"), X, ONE, ONE),
+        {},
+        "codes must be on x's device cpu, got meta",
+    ),
+    (
         "dequantize",
         (CODES, t(2, 2), t(2, 2)),
         {},
@@ -141,8 +165,10 @@ def _identity(case):
 @pytest.mark.parametrize("case", ERRORS, ids=_identity)
 def test_message(namespace, case):
     name, tensors, keywords, message = case
-    if name.endswith("quantize") and len(tensors) == 2:
-        tensors = (*tensors, None)
+    if name in ("quantize", "dequantize", "update_codes_"):
+        keywords = {"offset": None, **keywords}
+        if len(tensors) > (name == "update_codes_") + 2:
+            *tensors, keywords["offset"] = tensors
     if "_dynamic_" in name:
         keywords = {"group": None, **keywords}
     with pytest.raises(RuntimeError, match=f"asymq::{name}: {message}"):

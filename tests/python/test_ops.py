@@ -313,6 +313,12 @@ def test_codes_equal_reference(sample, device):
     expected = reference.quantize(x, scale, offset, **options)
     assert codes.dtype == expected.dtype
     assert_bit_equal(codes.int(), expected.int())
+    before = codes.clone()
+    assert not asymq.update_codes_(before, x, scale, offset, **options)
+    assert torch.equal(before, codes)
+    smaller = [asymq.update_codes_(before, x / 2, scale, offset, **options)]
+    smaller += [reference.update_codes_(codes, x / 2, scale, offset, **options)]
+    assert torch.equal(before, codes) and smaller[0] == smaller[1]
     values = asymq.dequantize(codes, scale, offset, **options)
     assert_bit_equal(values, reference.dequantize(codes, scale, offset, **options))
     assert values.dtype == scale.dtype
@@ -326,6 +332,62 @@ def test_codes_of_awkward_values(device):
     assert asymq.quantize(x, scale, bits=4, full_range=True).tolist() == [0, 7, -8, 0, 7]
     assert asymq.quantize(x, scale, offset * NAN, bits=4).tolist() == [0] * 5
     assert asymq.quantize(x, scale, offset * INF, bits=4)[3:].tolist() == [15, 15]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 8, 12, 16])
+@pytest.mark.parametrize(
+    "ranges",
+    [(1,), (7, 1), (1, 384), (7, 12), (7, 384)],
+    ids=["one", "row", "column", "group", "all"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_codes_are_updated_where_they_changed(dtype, ranges, bits, symmetric, device):
+    """Whatever the codes were, they become those of quantize, and the differing ones are counted."""
+    x = torch.randn(7, 384, dtype=dtype, device=device)
+    scale = torch.full(ranges, 4 / 2**bits, device=device) * (1 + torch.rand(ranges, device=device))
+    offset = None if symmetric else torch.full(ranges, -(2.0 ** (bits - 1)), device=device)
+    expected = asymq.quantize(x, scale, offset, bits=bits)
+    for moved in (0, 1, 40, x.numel()):
+        codes = expected.clone()
+        some = torch.randperm(x.numel(), device=device)[:moved]
+        codes.view(-1)[some] = codes.view(-1)[some] ^ 1
+        changed = asymq.update_codes_(codes, x, scale, offset, bits=bits)
+        assert torch.equal(codes, expected)
+        assert (changed.dtype, changed.shape, changed.device) == (torch.int64, (), x.device)
+        assert changed == moved
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "channels"])
+def test_codes_of_any_layout_are_updated(layout, device):
+    x = torch.randn(2, 6, 8, 4, device=device)
+    codes = torch.zeros(2, 6, 8, 4, dtype=torch.uint8, device=device)
+    if layout == "transposed":
+        x = x.transpose(1, 3).contiguous().transpose(1, 3)
+    elif layout == "sliced":
+        x = torch.randn(2, 6, 8, 8, device=device)[..., ::2]
+        codes = torch.zeros(4, 6, 8, 4, dtype=torch.uint8, device=device)[::2]
+    elif layout == "channels":
+        codes = codes.to(memory_format=torch.channels_last)
+    scale, offset = torch.full((1, 6, 1, 1), 0.1, device=device), torch.tensor(-3.0, device=device)
+    offset = offset.expand_as(scale)
+    expected = asymq.quantize(x, scale, offset, bits=4)
+    strides = codes.stride()
+    assert asymq.update_codes_(codes, x, scale, offset, bits=4) == expected.count_nonzero()
+    assert torch.equal(codes, expected) and codes.stride() == strides
+    nothing = torch.empty(0, 3, device=device)
+    codes = asymq.quantize(nothing, scale.flatten()[:1], bits=4)
+    assert asymq.update_codes_(codes, nothing, scale.flatten()[:1], bits=4) == 0
+
+
+def test_updated_codes_are_another_version(device):
+    """Whoever keeps codes for a backward pass is told, as of torch's in-place operations."""
+    x, scale = torch.randn(8, device=device), torch.tensor(0.5, device=device)
+    codes = asymq.quantize(x, scale, bits=4)
+    y = torch.ones(8, device=device, requires_grad=True) * codes
+    asymq.update_codes_(codes, x, scale, bits=4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_codes_have_no_gradient(device):

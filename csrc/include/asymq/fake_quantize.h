@@ -89,6 +89,12 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale,
                     const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8,
                     bool full_range = false);
 
+/// Overwrites `codes`, of the shape and dtype that quantize gives for x, with x's codes, and
+/// returns how many of them changed: int64, 0-d, on x's device. Reads and writes each element once.
+at::Tensor update_codes_(const at::Tensor& codes, const at::Tensor& x, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8,
+                         bool full_range = false);
+
 /// The values s·(code + rint(z)) of quantize's codes, in scale's dtype, without gradient.
 at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
                       const std::optional<at::Tensor>& offset, int64_t bits, double eps = 1e-8,

@@ -102,11 +102,13 @@ ASYMQ_HOST_DEVICE ElementGradient<T> fake_quantize_element_backward(T g, T x, co
   return {inside ? g : T(0), inside ? index - exact : T(0), below ? g : T(0), above ? g : T(0)};
 }
 
-/// Integer code of x, counted from the grid's lower end `origin`: clip(rint(x/s) - origin, first,
-/// last). NaN gives 0. The clip comes before any conversion to an integer type.
-template <class T>
-ASYMQ_HOST_DEVICE T quantize_element(T x, T scale, T origin, T first, T last) {
-  T code = round_half_even(x / scale) - origin;
+/// Integer code of x on a grid whose codes are first to last: clip(rint(x/s) - rint(z), first,
+/// last). NaN gives 0. The clip comes before any conversion to an integer type. The difference that
+/// stands for rint(z) is exact: n = rint(z) + first, where one of the two is 0. G is Grid<T> or
+/// ReciprocalGrid.
+template <class T, class G>
+ASYMQ_HOST_DEVICE T quantize_element(T x, const G& grid, T first, T last) {
+  T code = round_half_even(quotient(x, grid)) - (grid.lower - first);
   code = code < first ? first : code;
   code = code > last ? last : code;
   return code == code ? code : T(0);

@@ -226,11 +226,12 @@ class Quantizer(nn.Module):
         low, high = (end.reshape(self.range_shape).to(self.range_dtype) for end in ends)
         return low, high
 
-    def scale_offset(self) -> tuple[Tensor, Tensor | None]:
-        """Effective scale s and offset z (None if symmetric) of a stored range, of its shape."""
+    def scale_offset(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Effective scale s and offset z (None if symmetric) of a stored range, or of the live one
+        of x, of its shape."""
         return ops.effective_scale_offset(
             self.spec.parameterization,
-            *self.arguments(),
+            *self.arguments(x),
             symmetric=self.spec.symmetric,
             **self._options,
         )
