@@ -58,8 +58,10 @@ from asymq.quantizers import (  # noqa: E402
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
     SelfDistillation,
+    TransitionRateScheduler,
     attach_step_rule,
     capture_step,
+    freeze_weight_ranges,
     freeze_weights,
     range_parameters,
     shard,
@@ -82,6 +84,7 @@ __all__ = [
     "QuantRMSNorm",
     "QuantSpec",
     "SelfDistillation",
+    "TransitionRateScheduler",
     "__version__",
     "attach_step_rule",
     "calibrate",
@@ -101,6 +104,7 @@ __all__ = [
     "fake_quantize_symmetric_gamma",
     "fake_quantize_symmetric_max",
     "fake_quantize_symmetric_scale",
+    "freeze_weight_ranges",
     "freeze_weights",
     "load",
     "named_quantizers",

@@ -17,7 +17,8 @@ STOREYS = [
     {"training"},
     {"config", "description", "models"},
     {"preparation", "calibration", "conversion", "checkpoint", "summary"},
-    {"integrations"},
+    {"export"},
+    {"integrations", "scaling_law"},
     {"__init__"},
     {"__main__", "experiments"},
 ]

@@ -1,9 +1,10 @@
-"""What training needs beside the model: parameters for optimizers, step rules, a captured step,
-sharding."""
+"""What training needs beside the model: parameters for optimizers, step rules, learning rates that
+follow the codes that change, a captured step, sharding."""
 
 from asymq.training.capture import capture_step
 from asymq.training.distillation import SelfDistillation
 from asymq.training.ranges import (
+    freeze_weight_ranges,
     freeze_weights,
     range_parameters,
     warn_of_decay,
@@ -11,11 +12,14 @@ from asymq.training.ranges import (
 )
 from asymq.training.shard import shard
 from asymq.training.step_rules import attach_step_rule
+from asymq.training.transition_rate import TransitionRateScheduler
 
 __all__ = [
     "SelfDistillation",
+    "TransitionRateScheduler",
     "attach_step_rule",
     "capture_step",
+    "freeze_weight_ranges",
     "freeze_weights",
     "range_parameters",
     "shard",

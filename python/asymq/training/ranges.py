@@ -40,6 +40,19 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in ranges]
 
 
+def freeze_weight_ranges(model: nn.Module) -> None:
+    """Stops the learned ranges of weights from learning, those of normalization layers' excepted.
+
+    ValueError: the model has no quantized weights.
+    """
+    quantizers = [q for _, q in named_quantizers(model) if q.kind == "weight"]
+    if not quantizers:
+        raise ValueError("asymq.freeze_weight_ranges: the model has no quantized weights")
+    for quantizer in quantizers:
+        for parameter in quantizer.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
 def freeze_weights(model: nn.Module) -> None:
     """Stops everything but the ranges from learning: no gradients of weights are computed."""
     for parameter in weight_parameters(model):
