@@ -89,7 +89,7 @@ def test_codes_equal_on_both_devices():
     ids=str,
 )
 def test_codes_are_updated_alike_on_both_devices(shape, ranges, dtype):
-    """On every path of the kernel: bit-equal codes, the exact count, nothing written beside them."""
+    """On every path of the kernel: bit-equal codes, the exact count, nothing written beside."""
     x = torch.randn(shape).to(dtype)
     scale, offset = 0.05 + 0.2 * torch.rand(ranges), (-4 * torch.rand(ranges)).round()
     for z in (offset, None):

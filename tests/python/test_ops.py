@@ -343,7 +343,7 @@ def test_codes_of_awkward_values(device):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_codes_are_updated_where_they_changed(dtype, ranges, bits, symmetric, device):
-    """Whatever the codes were, they become those of quantize, and the differing ones are counted."""
+    """Whatever the codes were, they become those of quantize, and what differs is counted."""
     x = torch.randn(7, 384, dtype=dtype, device=device)
     scale = torch.full(ranges, 4 / 2**bits, device=device) * (1 + torch.rand(ranges, device=device))
     offset = None if symmetric else torch.full(ranges, -(2.0 ** (bits - 1)), device=device)

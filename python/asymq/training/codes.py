@@ -98,7 +98,8 @@ class CodedWeight:
         """Of every axis the first of this process's elements, and how many it has."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        parameter = self.parameter
+        parameter: Tensor = self.parameter
+        assert is_split(parameter)
         shape, first = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )

@@ -49,7 +49,10 @@ class _Average:
         self._parameters, self._mesh = parameters, mesh
         self._waiting = False
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._reached)
+            # One that does not learn may do so later; torch hooks only those that do.
+            learns = parameter.requires_grad
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._reached)
+            parameter.requires_grad_(learns)
 
     def _reached(self, _) -> None:
         if not self._waiting:

@@ -192,7 +192,7 @@ class TransitionRateScheduler:
         return {"names": self.names, **{k: t.clone() for k, t in self._state().items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where the scheduler was that gave this state. ValueError: it had other weights."""
+        """Goes on where the scheduler was that gave the state. ValueError: it had other weights."""
         own = self._state()
         if state.get("names") != self.names or any(
             key not in state or state[key].shape != own[key].shape for key in own
@@ -244,12 +244,16 @@ class TransitionRateScheduler:
         if self._found_inf is not None:
             moved = self._found_inf.to(self._rates.device, non_blocking=True).reshape(()) == 0
             new = [torch.where(moved, n, o) for n, o in zip(new, old, strict=True)]
-        torch._foreach_copy_(old, new)
+        for o, n in zip(old, new, strict=True):
+            o.copy_(n)
         self._publish()
 
     def _target(self, step: Tensor) -> Tensor:
         return self._first_targets * self._schedule((step / self._total_steps).clamp(max=1))
 
+    # The hooks stay out of a compiled optimizer.step, which has a graph break behind them anyway.
+
+    @torch.compiler.disable
     def _before_step(self, *_) -> None:
         if self._is_probe():
             return
@@ -258,6 +262,7 @@ class TransitionRateScheduler:
             self._started = True
         self._write()
 
+    @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, *_) -> None:
         if self._started:
             # A fused optimizer is told by a GradScaler, for as long as it steps, to move nothing.
@@ -392,9 +397,8 @@ def _takes_tensor(optimizer: Optimizer, group: dict, weight: CodedWeight) -> boo
     read it."""
     if group.get("fused") or group.get("capturable"):
         return True
-    return weight.parameter.device.type == "cpu" and type(optimizer).__module__.startswith(
-        "torch.optim."
-    )
+    of_torch = type(optimizer).__module__.split(".")[:2] == ["torch", "optim"]
+    return of_torch and weight.parameter.device.type == "cpu"
 
 
 def _split(optimizer: Optimizer, weights: list[CodedWeight]) -> None:
