@@ -1,8 +1,6 @@
 #include "ops/quantize.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
 #include "asymq/fake_quantize.h"
 #include "ops/checks.h"
@@ -99,11 +97,6 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
                       const OptionalTensor& offset, int64_t bits, double eps, bool full_range) {
   return Op<"asymq::dequantize", decltype(dequantize)>()(codes, scale, offset, bits, eps,
                                                          full_range);
-}
-
-// Whoever keeps the codes for a backward pass learns that they are others now.
-TORCH_LIBRARY_IMPL(asymq, ADInplaceOrView, m) {
-  m.impl("update_codes_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
 
 }  // namespace asymq

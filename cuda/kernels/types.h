@@ -21,3 +21,7 @@
 #define ASYMQ_FOR_EACH_CODE_TYPE(apply, ...)                                         \
   apply(uint8_t, __VA_ARGS__) apply(int8_t, __VA_ARGS__) apply(int16_t, __VA_ARGS__) \
       apply(int32_t, __VA_ARGS__)
+
+/// apply(Code, ...): the bits of a code of each size, signed or not.
+#define ASYMQ_FOR_EACH_CODE_SIZE(apply, ...) \
+  apply(uint8_t, __VA_ARGS__) apply(uint16_t, __VA_ARGS__) apply(uint32_t, __VA_ARGS__)

@@ -211,13 +211,11 @@ void launch_update_codes(const Plan& plan, const Layout& layout, const Quantizer
       layout, kind, ranges, x, codes, total);
 }
 
-#define ASYMQ_INSTANTIATE(S, P, Code)                                                   \
+#define ASYMQ_INSTANTIATE(Code, S, P)                                                   \
   template void launch_update_codes(const Plan&, const Layout&, const QuantizerKind&,   \
                                     const RangePointers<P>&, const S*, Code*, int64_t*, \
                                     cudaStream_t);
-#define ASYMQ_INSTANTIATE_CODES(S, P) \
-  ASYMQ_INSTANTIATE(S, P, uint8_t)    \
-  ASYMQ_INSTANTIATE(S, P, uint16_t) ASYMQ_INSTANTIATE(S, P, uint32_t)
+#define ASYMQ_INSTANTIATE_CODES(S, P) ASYMQ_FOR_EACH_CODE_SIZE(ASYMQ_INSTANTIATE, S, P)
 ASYMQ_FOR_EACH_TYPE(ASYMQ_INSTANTIATE_CODES)
 #undef ASYMQ_INSTANTIATE_CODES
 #undef ASYMQ_INSTANTIATE

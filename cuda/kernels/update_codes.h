@@ -8,8 +8,7 @@
 
 namespace asymq::cuda {
 
-/// Code: uint8_t, uint16_t or uint32_t, the bits of a code of that size, signed or not. `changed`
-/// receives the count.
+/// Code: a type of ASYMQ_FOR_EACH_CODE_SIZE. `changed` receives the count.
 template <class S, class P, class Code>
 void launch_update_codes(const Plan& plan, const detail::Layout& layout, const QuantizerKind& kind,
                          const detail::RangePointers<P>& ranges, const S* x, Code* codes,

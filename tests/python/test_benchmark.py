@@ -78,6 +78,19 @@ def test_ops(tmp_path):
     assert "| float32 | tensor | 64 | asymq | eager |" in (tmp_path / "ops_cpu.md").read_text()
 
 
+def test_codes(tmp_path):
+    run((*OPS[:-1], "copy,quantize,update_codes"), tmp_path)
+    found = rows(tmp_path / "ops_cpu.csv")
+    expected = [("copy", "both"), ("quantize", "forward"), ("update_codes", "forward")]
+    assert [(row["method"], row["measure"]) for row in found] == expected
+
+
+def test_steps_that_learn_weights(tmp_path):
+    methods = ["float_eager", "asymq_weights", "asymq_scheduled"]
+    run((*STEP[:-1], ",".join(methods)), tmp_path, "--precision", "tf32")
+    assert [row["method"] for row in rows(tmp_path / "step_cpu.csv")] == methods
+
+
 def test_step(tmp_path):
     run(STEP, tmp_path, "--profile")
     found = rows(tmp_path / "step_cpu.csv")

@@ -821,6 +821,11 @@ def _shards(rank):
     for block in model.transformer.h:
         asymq.shard(block, mesh=mesh())
     asymq.shard(model, mesh=mesh())
+    probed = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rates = asymq.TransitionRateScheduler(probed, model, 10)
+    get_optimizer_state_dict(model, probed)
+    rates.step()
+    assert probed.state and rates.state_dict()["step"] == 0
     rates, seen = train(model, mine)
     assert rates.names == expected_rates.names
     assert all(hasattr(weight.parameter, "full_tensor") for weight in rates._weights)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
+from asymq.quantizers import is_split
 from asymq.training.codes import CodedWeight, Counter, coded_weights
 
 _WHAT = "asymq.TransitionRateScheduler"
@@ -281,8 +282,10 @@ class TransitionRateScheduler:
             group["lr"] is lr for group, lr in zip(self._groups(), self._lrs, strict=True)
         ):
             return False
+        if any(group["lr"] != 0 for group in groups):
+            return False
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return all(group["lr"] == 0 for group in groups) and not any(g.any() for g in gradients)
+        return not any((g.to_local() if is_split(g) else g).any() for g in gradients)
 
     # ---- the optimizer's groups ----------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -205,8 +206,11 @@ def compiled(case):
     return torch.compile(by_reference(case))
 
 
+# quantize and update_codes: integer codes, without gradient, as `forward`.
 METHODS = {
     "copy": lambda case: None,
+    "quantize": lambda case: None,
+    "update_codes": lambda case: None,
     "asymq": fused,
     "straight_through": on_ranges(straight_through, straight_through_live),
     "reference": by_reference,
@@ -233,6 +237,8 @@ def calls(method, case, xs, gs):
     computed when the function is called, outside of the timing."""
     if method == "copy":
         return {"both": lambda: [x[0].detach().clone for x in xs]}
+    if method in ("quantize", "update_codes"):
+        return {"forward": lambda: code_calls(method, case, [x[0].detach() for x in xs])}
     function = METHODS[method](case)
     learned = learned_tensors(method, case)
     grad = torch.autograd.grad
@@ -263,6 +269,23 @@ def calls(method, case, xs, gs):
         measures += [freeze_x(make) for make in (backward, both)]
         measures += [learn_all(both_frozen_range)]
     return dict(zip(MEASURES, measures, strict=False))
+
+
+def code_calls(method, case, xs):
+    """quantize, or update_codes_ where one code in 200 changes from call to call."""
+    if case.live:
+        raise RuntimeError("has no live ranges")
+    low, high = learned_tensors(method, case)
+    grid = asymq.effective_scale_offset("min_max", low, high, bits=BITS)
+    if method == "quantize":
+        return [partial(asymq.quantize, x, *grid, bits=BITS) for x in xs]
+    every = [asymq.quantize(x, *grid, bits=BITS) for x in xs]
+    moved = [torch.where(torch.rand(x.shape, device=x.device) < 0.005, -x, x) for x in xs]
+    return [
+        partial(asymq.update_codes_, codes, x, *grid, bits=BITS)
+        for of_turn in (moved, xs)
+        for codes, x in zip(every, of_turn, strict=True)
+    ]
 
 
 # ---- timing -----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The cost of a training step with quantized ranges, in multiples of the float model's.
 
 A step is forward, loss, backward and Adam. The float models learn their weights, the quantized
-ones their ranges alone, at every site of the paper's Table 2. Weights are random: they do not
-change what a step costs.
+ones their ranges alone, at every site of the paper's Table 2, or their weights too, also with a
+TransitionRateScheduler. Weights are random: they do not change what a step costs.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ def float_model(setting: Setting, device: str, attention: str) -> nn.Module:
     return model.train()
 
 
-def prepared_model(parameterization: str, setting: Setting, device: str, ids) -> nn.Module:
+def prepared_model(method: Method, setting: Setting, device: str, ids) -> nn.Module:
     model = float_model(setting, device, "eager")
-    asymq.prepare(model, asymq.QuantConfig.table2(parameterization))
+    asymq.prepare(model, asymq.QuantConfig.table2(method.parameterization))
     asymq.calibrate(model, [ids[:1]])
-    asymq.freeze_weights(model)
+    (asymq.freeze_weight_ranges if method.weights else asymq.freeze_weights)(model)
     return model
 
 
@@ -151,6 +151,8 @@ class Method:
     attention: str = "eager"
     compiled: bool = False
     captured: bool = False
+    weights: bool = False  # learn too, but for their ranges, under a fused Adam
+    scheduled: bool = False  # by the share of their codes that change
 
 
 METHODS = {
@@ -159,6 +161,8 @@ METHODS = {
     "asymq": Method(asymq.ops),
     "asymq_captured": Method(asymq.ops, captured=True),
     "asymq_compiled": Method(asymq.ops, compiled=True),
+    "asymq_weights": Method(asymq.ops, weights=True),
+    "asymq_scheduled": Method(asymq.ops, weights=True, scheduled=True),
     "torch_core": Method(TORCH_CORE, "scale_offset"),
     "reference": Method(reference),
     "compiled": Method(reference, compiled=True),
@@ -176,11 +180,16 @@ def step_of(
         model: Any = float_model(setting, device, method.attention)
         parameters: Iterable[Any] = model.parameters()
     else:
-        model = prepared_model(method.parameterization, setting, device, ids)
-        parameters = asymq.range_parameters(model)
+        model = prepared_model(method, setting, device, ids)
+        parameters = model.parameters() if method.weights else asymq.range_parameters(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.Adam(parameters, lr=1e-5, capturable=method.captured)
+    optimizer = torch.optim.Adam(
+        parameters, lr=1e-5, capturable=method.captured, fused=method.weights or None
+    )
+    rates = None
+    if method.scheduled:
+        rates = asymq.TransitionRateScheduler(optimizer, model, 10_000)
     if method.compiled:
         torch.compiler.reset()
         model = torch.compile(model)
@@ -192,6 +201,8 @@ def step_of(
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
+        if rates is not None:
+            rates.step()
 
     quantized = method.functions is not None
     with use_namespace(method.functions) if quantized else nullcontext():
