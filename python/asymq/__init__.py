@@ -58,6 +58,7 @@ from asymq.quantizers import (  # noqa: E402
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
     SelfDistillation,
+    OscillationObserver,
     TransitionRateScheduler,
     attach_step_rule,
     capture_step,
@@ -69,6 +70,7 @@ from asymq.training import (  # noqa: E402
 )
 
 __all__ = [
+    "OscillationObserver",
     "PerChannel",
     "PerGroup",
     "PerTensor",

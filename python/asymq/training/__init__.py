@@ -1,8 +1,9 @@
 """What training needs beside the model: parameters for optimizers, step rules, learning rates that
-follow the codes that change, a captured step, sharding."""
+follow the codes that change, weights that oscillate, a captured step, sharding."""
 
 from asymq.training.capture import capture_step
 from asymq.training.distillation import SelfDistillation
+from asymq.training.oscillation import OscillationObserver
 from asymq.training.ranges import (
     freeze_weight_ranges,
     freeze_weights,
@@ -16,6 +17,7 @@ from asymq.training.transition_rate import TransitionRateScheduler
 
 __all__ = [
     "SelfDistillation",
+    "OscillationObserver",
     "TransitionRateScheduler",
     "attach_step_rule",
     "capture_step",
