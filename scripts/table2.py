@@ -117,6 +117,7 @@ def main(arguments=None):
     try:
         import transformers
 
+        from asymq.experiments.common.spread import FAILURES
         from asymq.experiments.table2 import run
     except ModuleNotFoundError as error:
         parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
@@ -141,7 +142,7 @@ def main(arguments=None):
     )
     try:
         run.run(options, options_of(Protocol, args))
-    except run.FAILURES as error:
+    except FAILURES as error:
         # Under torchrun every process finds the same.
         return parser.error(error) if rank == 0 else 2
     except KeyboardInterrupt:

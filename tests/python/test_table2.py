@@ -30,7 +30,7 @@ from processes import Script
 from safetensors.torch import load_file
 
 import asymq
-from asymq.experiments.common import files, quickstart, text
+from asymq.experiments.common import files, quickstart, spread, text
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.table2 import cell, plots, results, run, subject, table
@@ -332,9 +332,9 @@ def test_ctrl_c_is_for_the_process_that_started_the_others(monkeypatch):
             handlers.append(signal.getsignal(signal.SIGINT))
 
     context = types.SimpleNamespace(Queue=queue.Queue, RLock=list, Process=lambda **_: Worker())
-    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(spread.multiprocessing, "get_context", lambda _: context)
     before = signal.getsignal(signal.SIGINT)
-    run._spread([], None, ["cpu", "cpu"])
+    spread.spread([], None, ["cpu", "cpu"])
     assert handlers == [signal.SIG_IGN, signal.SIG_IGN, before, before]
 
 

@@ -94,7 +94,7 @@ def check_options(values) -> None:
     """BadInput: a dataclass has a value that the command line would refuse."""
     for name, default, metadata in _options(type(values)):
         value, check, choices = getattr(values, name), metadata["type"], metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value != default and value not in choices:
             raise BadInput(f"{flag(name)}: must be of {', '.join(choices)}, got {value!r}")
         if isinstance(default, bool) and not isinstance(value, bool):
             raise BadInput(f"{flag(name)}: must be True or False, got {value!r}")

@@ -24,14 +24,20 @@ from asymq.experiments.common.command import Parser, integer
 from asymq.experiments.common.files import write
 
 NAME, CONTEXT, VOCABULARY, END = "gpt2-topics", 128, 2048, "<|endoftext|>"
+STEPS = 900
 
 
-def write_text(folder: Path, characters: int | None = None) -> tuple[str, str]:
+def read_topics(characters: int | None = None) -> tuple[str, str]:
     """Python's help topics, every tenth held out for evaluation, of which no more than so many
     `characters` are kept."""
     names = sorted(topics)
     test = "\n".join(topics[name] for name in names[::10])[:characters]
-    train = "\n".join(topics[name] for i, name in enumerate(names) if i % 10)
+    return "\n".join(topics[name] for i, name in enumerate(names) if i % 10), test
+
+
+def write_text(folder: Path, characters: int | None = None) -> tuple[str, str]:
+    """The same in files, as scripts/table2.py takes them."""
+    train, test = read_topics(characters)
     write(folder / text.TRAIN, train)
     write(folder / text.TEST, test)
     return train, test
@@ -87,10 +93,38 @@ def train_model(windows: torch.Tensor, steps: int, batch: int = 8, lr: float = 1
     return model.eval()
 
 
+def make(folder: Path, steps: int = STEPS) -> None:
+    """Leaves model and text in `folder`, complete or not at all, unless they are there."""
+    target = folder / NAME
+    if target.exists():
+        print(f"{target} is there already")
+        return
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    train, test = write_text(folder / "text")
+    tokenizer = train_tokenizer(train)
+    rows = [text.windows(text.tokenize(tokenizer, t), CONTEXT, "topics") for t in (train, test)]
+    print(f"{len(train) + len(test)} characters, {rows[0].numel()} tokens to learn from")
+    start = time.perf_counter()
+    model = train_model(rows[0], steps)
+    seconds = time.perf_counter() - start
+    # Complete or not at all.
+    partial = folder / f".{NAME}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{parameters / 1e6:.2f} M weights, {steps} steps in {seconds:.0f} s, "
+        f"perplexity {text.perplexity(model, rows[1], 16):.1f}"
+    )
+
+
 def main() -> None:
     parser = Parser("quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=integer(1), default=900, help="default 900")
+    parser.add_argument("--steps", type=integer(1), default=STEPS, help=f"default {STEPS}")
     parser.add_argument(
         "--text-alone",
         type=integer(1),
@@ -101,30 +135,7 @@ def main() -> None:
     if args.text_alone is not None:
         write_text(args.folder / "text", args.text_alone)
         return
-    target = args.folder / NAME
-    if target.exists():
-        print(f"{target} is there already")
-        return
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    train, test = write_text(args.folder / "text")
-    tokenizer = train_tokenizer(train)
-    rows = [text.windows(text.tokenize(tokenizer, t), CONTEXT, "topics") for t in (train, test)]
-    print(f"{len(train) + len(test)} characters, {rows[0].numel()} tokens to learn from")
-    start = time.perf_counter()
-    model = train_model(rows[0], args.steps)
-    seconds = time.perf_counter() - start
-    # Complete or not at all.
-    partial = args.folder / f".{NAME}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(target)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{parameters / 1e6:.2f} M weights, {args.steps} steps in {seconds:.0f} s, "
-        f"perplexity {text.perplexity(model, rows[1], 16):.1f}"
-    )
+    make(args.folder, args.steps)
 
 
 if __name__ == "__main__":

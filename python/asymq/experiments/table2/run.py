@@ -7,23 +7,22 @@ same command continues after an interruption, and commands that run at a time sh
 from __future__ import annotations
 
 import shutil
-import signal
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.multiprocessing as multiprocessing
-from tqdm import tqdm
-
 from asymq.experiments.common import text
 from asymq.experiments.common.command import flag
-from asymq.experiments.common.files import BadInput, first_line, lock
+from asymq.experiments.common.files import BadInput, lock
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.recipes import Recipe
+from asymq.experiments.common.spread import (
+    Progress,
+    need_devices,
+    run_all,
+    run_in_order,
+)
 from asymq.experiments.common.words import count
 from asymq.experiments.table2.cell import run_cell, settings_of
 from asymq.experiments.table2.protocol import (
@@ -45,8 +44,6 @@ from asymq.experiments.table2.results import (
 from asymq.experiments.table2.subject import Subject, label_of, open_subject
 from asymq.experiments.table2.table import report
 
-# What a line tells enough about.
-FAILURES = (BadInput, OSError, torch.OutOfMemoryError)
 ENOUGH_SPACE = 100 << 20  # bytes; checkpoints hold ranges, not weights
 
 
@@ -124,7 +121,7 @@ def run(options: Options, protocol: Protocol) -> None:
 
     BadInput, before anything is written: something given cannot be used.
     """
-    devices = _devices(options)
+    devices = need_devices(options.devices) or ["cpu"]
     _need_papers_setting(options, protocol)
     processes = None
     if options.together:
@@ -143,14 +140,12 @@ def run(options: Options, protocol: Protocol) -> None:
 
     cells = begin() if processes is None else processes.share(begin)
     if processes is not None:
-        _run_in_order(cells, work, processes)
+        run_in_order(cells, work, processes)
         processes.end()
         if not processes.first:
             return
-    elif len(devices) == 1 or len(cells) < 2:
-        _run_in_order(cells, work, Processes(devices[0]))
     else:
-        _spread(cells, work, devices)
+        run_all(cells, work, devices)
     left = [cell for cell in cells if not result_path(options.out, cell).exists()]
     if left:
         print(f"other commands are at {count(len(left), 'cell')}: {', '.join(map(str, left))}")
@@ -160,15 +155,6 @@ def run(options: Options, protocol: Protocol) -> None:
 
 
 # ---- before any work ---------------------------------------------------------------------------
-
-
-def _devices(options: Options) -> list[str]:
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    known = [*gpus, "cpu"]
-    for device in options.devices or ():
-        if device not in known:
-            raise BadInput(f"--devices {device}: there is no such device here, only {known}")
-    return options.devices or gpus or ["cpu"]
 
 
 def _need_papers_setting(options: Options, protocol: Protocol) -> None:
@@ -239,88 +225,3 @@ def _need_space(out: Path) -> None:
             f"--out {out}: {free >> 20} MB are free there, results and checkpoints need "
             f"{ENOUGH_SPACE >> 20}; choose another folder"
         )
-
-
-# ---- the work ----------------------------------------------------------------------------------
-
-
-def _run_in_order(cells: list[Cell], work: Work, processes: Processes) -> None:
-    for number, cell in enumerate(cells, 1):
-        work.run(cell, processes, f"[{number}/{len(cells)}] {cell}")
-
-
-def _spread(cells: list[Cell], work: Work, devices: list[str]) -> None:
-    """One process per device; each takes the next cell when it has finished one."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for cell in cells:
-        queue.put(cell)
-    for _ in devices:
-        queue.put(None)
-    bars = context.RLock()
-    workers = [
-        context.Process(target=_work_through, args=(queue, bars, i, device, work), daemon=True)
-        for i, device in enumerate(devices)
-    ]
-    # Ctrl-C reaches all of them: this process alone answers, and ends the others when it does.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for worker in workers:
-        worker.start()
-    signal.signal(signal.SIGINT, interrupt)
-    for worker in workers:
-        worker.join()
-    failed = [d for d, worker in zip(devices, workers, strict=True) if worker.exitcode]
-    if failed:
-        raise BadInput(
-            f"the work on {', '.join(failed)} stopped early (its message is above); the same "
-            "command continues it"
-        )
-
-
-def _work_through(queue, bars, position: int, device: str, work: Work) -> None:
-    tqdm.set_lock(bars)
-    processes = Processes(device)
-    while (cell := queue.get()) is not None:
-        try:
-            work.run(cell, processes, str(cell), position)
-        except FAILURES as error:
-            sys.exit(f"{cell}: {first_line(error)}")
-
-
-class Progress:
-    """A bar with loss and time left; where the output is not a terminal, ten lines a cell."""
-
-    def __init__(self, name: str, steps: int, shown: bool = True, position: int = 0):
-        self._name, self._steps, self._shown = name, steps, shown
-        self._terminal = sys.stderr.isatty()
-        self._first: tuple[int, float] | None = None  # step of this run, and when it ended
-        self._bar = tqdm(
-            desc=name,
-            total=steps,
-            unit="step",
-            position=position,
-            disable=not (shown and self._terminal),
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def show(self, step: int, loss: float) -> None:
-        if self._first is None:
-            self._first = step, time.perf_counter()
-            # A continued cell starts there, not at 0: the time left is reckoned from it.
-            self._bar.initial = self._bar.n = step - 1
-        if self._terminal:
-            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif self._shown and step % max(1, self._steps // 10) == 0:
-            first, began = self._first
-            each = (time.perf_counter() - began) / max(1, step - first)
-            left = tqdm.format_interval(each * (self._steps - step))
-            print(
-                f"{self._name}: step {step} of {self._steps}, loss {loss:.3f}, {left} left",
-                file=sys.stderr,
-            )
