@@ -14,9 +14,7 @@ from asymq.experiments.common.command import (
     Parser,
     add_options,
     bit_width,
-    distinct_rates,
     integer,
-    learning_rate,
     options_of,
 )
 from asymq.experiments.transition_rate.protocol import (
@@ -24,15 +22,15 @@ from asymq.experiments.transition_rate.protocol import (
     METHODS,
     OPTIMIZERS,
     Protocol,
+    number,
     share,
 )
-
-MOST_SEEDS = 31
+from asymq.experiments.transition_rate.table import MOST_SEEDS
 
 
 def factor(text):
     share(text)
-    return text
+    return number(text)
 
 
 def parse(arguments):
@@ -68,7 +66,7 @@ def parse(arguments):
         metavar="METHOD",
         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()) + " (default all)",
     )
-    add("--rates", nargs="+", type=learning_rate, metavar="LR", help="default three an optimizer")
+    add("--rates", nargs="+", type=number, metavar="LR", help="default three an optimizer")
     add(
         "--factors",
         nargs="+",
@@ -98,11 +96,8 @@ def parse(arguments):
     if args.optimizers is None:
         digits = args.task in ("digits", "digits-conv")
         args.optimizers = list(OPTIMIZERS) if digits else ["adamw"]
-    for name in ("rates", "factors"):
-        if getattr(args, name) is not None:
-            setattr(args, name, distinct_rates(getattr(args, name)))
-    for name in ("bits", "optimizers", "methods"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    for name in ("bits", "optimizers", "methods", "rates", "factors"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or ())))
     return parser, args
 
 

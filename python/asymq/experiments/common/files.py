@@ -39,6 +39,12 @@ def write(path: Path, body: str | Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial_files(out: Path, name: str) -> None:
+    """What a killed process left half written of files of `out` that are called `name`."""
+    for leftover in out.rglob(f".{name}.*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
 def as_csv(header: Iterable, rows: Iterable[Iterable]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

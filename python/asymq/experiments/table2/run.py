@@ -14,7 +14,7 @@ from pathlib import Path
 
 from asymq.experiments.common import text
 from asymq.experiments.common.command import flag
-from asymq.experiments.common.files import BadInput, lock
+from asymq.experiments.common.files import BadInput, lock, remove_partial_files
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.common.spread import (
@@ -104,16 +104,10 @@ class Work:
                 locked = stack.enter_context(lock(lock_path(self.out, cell)))
                 if not locked or result_path(self.out, cell).exists():
                     return False
-                _remove_partial_files(self.out, cell)
+                remove_partial_files(self.out, cell.name)
                 return True
 
             yield processes.share(take)
-
-
-def _remove_partial_files(out: Path, cell: Cell) -> None:
-    """What a killed process left half written."""
-    for leftover in out.rglob(f".{cell.name}.*.partial"):
-        leftover.unlink(missing_ok=True)
 
 
 def run(options: Options, protocol: Protocol) -> None:

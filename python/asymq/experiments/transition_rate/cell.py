@@ -88,6 +88,8 @@ class Run:
 
     def __init__(self, cell: Cell, task: Task, device: torch.device):
         self.cell, self.task, self.device = cell, task, device
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
         assert task.protocol.steps is not None
         self.steps, self.step = task.protocol.steps, 0
         torch.manual_seed(cell.seed)

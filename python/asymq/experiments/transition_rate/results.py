@@ -30,7 +30,7 @@ class Cell:
         task, setting, optimizer, method, value, seed = name.rsplit("__", 5)
         if method not in METHODS or not seed.startswith("seed"):
             raise ValueError(name)
-        return cls(task, setting, optimizer, method, str(value), int(seed.removeprefix("seed")))
+        return cls(task, setting, optimizer, method, value, int(seed.removeprefix("seed")))
 
     @property
     def name(self) -> str:

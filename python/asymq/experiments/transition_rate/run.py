@@ -11,7 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from asymq.experiments.common.files import BadInput, lock, need_writable
+from asymq.experiments.common.files import (
+    BadInput,
+    lock,
+    need_writable,
+    remove_partial_files,
+)
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.spread import Progress, need_devices, run_all
 from asymq.experiments.common.words import count
@@ -31,7 +36,7 @@ from asymq.experiments.transition_rate.tasks import Digits, Task, open_task
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside the protocol. rates: None, those of the optimizer.
+    """What the command line says beside the protocol. rates: empty, those of the optimizer.
     data: None, Python's help topics. Numbers that results are named after are as typed."""
 
     task: str
@@ -39,7 +44,7 @@ class Options:
     optimizers: list[str]
     methods: list[str]
     bits: list[int]
-    rates: list[str] | None
+    rates: list[str]
     factors: list[str]
     seeds: int
     data: str | None = None
@@ -61,6 +66,7 @@ class Work:
         assert steps is not None
         with lock(lock_path(out, cell)) as mine:
             if mine and not result_path(out, cell).exists():
+                remove_partial_files(out, cell.name)
                 with Progress(name, steps, position=position) as bar:
                     device = processes.device
                     run_cell(cell, self.task, out, device, self.checkpoint_every, bar.show)
@@ -117,14 +123,13 @@ def _setting(bits: int, protocol: Protocol) -> str:
 
 def _need_same_settings(out: Path, cells: list[Cell], found: list[dict], task: Task) -> None:
     """BadInput: a result or a checkpoint is of other settings, or damaged."""
-    wanted = set(cells)
+    settings = {cell.setting for cell in cells}
     for result in found:
         cell = result["cell"]
-        if cell in wanted:
-            wanted.discard(cell)
+        if cell.task == task.label and cell.setting in settings:
             path = result_path(out, cell)
             need_same_settings(path, result["settings"], settings_of(cell, task))
-    for cell in wanted:
+    for cell in cells:
         checkpoint = read_checkpoint(out, cell)
         if checkpoint is not None:
             path = checkpoint_path(out, cell)
