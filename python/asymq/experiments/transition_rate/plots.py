@@ -49,7 +49,8 @@ def draw(entries: list[Entry]) -> Figure:
         xlabel="distance to the nearest transition point (steps of the grid)",
         ylabel="share of weights",
     )
-    rates.legend(fontsize=8)
+    if scheduled:
+        rates.legend(fontsize=8)
     figure.legend(
         *near.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
     )
