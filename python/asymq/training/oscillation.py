@@ -103,7 +103,8 @@ class OscillationObserver:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After optimizer.step(): observes what it changed."""
+        """Once after each optimizer.step(): observes what it changed. A call without one counts as a
+        step that changed nothing."""
         for one in self._weights.values():
             one.observe(self._momentum)
 

@@ -8,6 +8,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ class Run:
     # ---- states --------------------------------------------------------------------------------
 
     def _parts(self) -> dict:
-        parts = {"rates": self.rates, "observer": self.observer}
+        parts: dict[str, Any] = {"rates": self.rates, "observer": self.observer}
         parts |= {f"optimizer{i}": one for i, one in enumerate(self.optimizers)}
         parts |= {f"cosine{i}": one for i, one in enumerate(self.cosines)}
         return {name: part for name, part in parts.items() if part is not None}

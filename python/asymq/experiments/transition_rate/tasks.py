@@ -8,6 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,8 +131,7 @@ class Digits(Task):
                 self.loss(model, self.batch(step, seed + 10**6, torch.device("cpu"))).backward()
                 optimizer.step()
                 rates.step()
-            state = model.state_dict()
-            write(self._path(seed), lambda path, state=state: torch.save(state, path))
+            write(self._path(seed), partial(torch.save, model.state_dict()))
 
     def _path(self, seed: int) -> Path:
         return self.folder / f"{self.label}__seed{seed}.pt"
