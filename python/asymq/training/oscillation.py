@@ -103,8 +103,8 @@ class OscillationObserver:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Once after each optimizer.step(): observes what it changed. A call without one counts as a
-        step that changed nothing."""
+        """Once after each optimizer.step(): observes what it changed. A call without it is a step
+        that changed nothing."""
         for one in self._weights.values():
             one.observe(self._momentum)
 
