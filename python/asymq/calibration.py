@@ -48,7 +48,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], force_zero: bool = True)
         raise ValueError("asymq.calibrate: the model has no quantizers; call asymq.prepare first")
     for _, quantizer in quantizers:
         quantizer.need_whole()
-    with torch.no_grad(), _undone_on_error(model, quantizers), _evaluating(model):
+    with torch.no_grad(), _undone_on_error(model, quantizers), evaluating(model):
         for root in _roots(model):
             root.expect_reached = False  # calibration itself says what its batches did not reach
         without_width = _calibrate_weights(model, force_zero)
@@ -143,7 +143,8 @@ def _roots(model: nn.Module) -> list[Prepared]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has the mode that it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,22 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    with whole_files(folder) as work:
+        save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
+        (work / DESCRIPTION).write_text(encode(description))
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write into. At the end of the block its files go into `folder` (made if it is not
+    there), in the order in which they were written; after an error none of them does."""
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     work = Path(tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=folder))
     try:
-        save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
-        (work / DESCRIPTION).write_text(encode(description))
-        for name in (WEIGHTS, DESCRIPTION):
-            os.replace(work / name, folder / name)
+        yield work
+        for path in sorted(work.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

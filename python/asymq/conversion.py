@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -30,7 +32,10 @@ def convert(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, Quantizer):
         raise ValueError("asymq.convert: a quantizer is no model")
-    values = _quantized_weights(model)
+    values = [
+        (weight, quantizer.fake_quantize(weight))
+        for quantizer, ((_, weight), *_) in weights_of_quantizers(model, "asymq.convert").items()
+    ]
     for weight, value in values:
         weight.copy_(value)
     for module in list(model.modules()):
@@ -42,17 +47,21 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _quantized_weights(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Each weight that has a quantizer, once, and what it becomes."""
-    first: dict[Quantizer, tuple[str, torch.Tensor]] = {}
-    values = []
-    for name, quantizer, weight in quantized_parameters(model):
-        other, same = first.setdefault(quantizer, (name, weight))
-        if other == name:
-            values.append((weight, quantizer.fake_quantize(weight)))
-        elif elements(weight) != elements(same):
+class Weight(NamedTuple):
+    name: str
+    parameter: nn.Parameter
+
+
+def weights_of_quantizers(model: nn.Module, what: str) -> dict[Quantizer, list[Weight]]:
+    """The weights that are read through each quantizer, which are one tensor. ValueError, in which
+    `what` is who asks: they are not any more."""
+    weights: dict[Quantizer, list[Weight]] = {}
+    for name, quantizer, parameter in quantized_parameters(model):
+        same = weights.setdefault(quantizer, [])
+        same.append(Weight(name, parameter))
+        if elements(parameter) != elements(same[0].parameter):
             raise ValueError(
-                f"asymq.convert: {other} and {name} share {quantizer.label} but are no longer one "
+                f"{what}: {same[0].name} and {name} share {quantizer.label} but are no longer one "
                 "tensor: tie them again (model.tie_weights())"
             )
-    return values
+    return weights

@@ -23,12 +23,19 @@ def summary(model: nn.Module) -> str:
     Below it, a line for each quantizer that several layers share, and last what is not quantized:
     the parameters without a quantizer, biases included, as a share of all (ranges do not count).
     """
-    rows = [_TITLES, *(_row(name, quantizer) for name, quantizer in named_quantizers(model))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
-    rows.insert(1, tuple("-" * width for width in widths))
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines = table(_TITLES, [_row(name, q) for name, q in named_quantizers(model)])
     notes = [*_shared(model), *_float(model)]
-    return "\n".join(line.rstrip() for line in [*lines, *([""] if notes else []), *notes])
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Lines of a table, its columns as wide as they need to be."""
+    rows = [titles, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _row(name: str, quantizer: Quantizer) -> tuple[str, ...]:

@@ -1,0 +1,5 @@
+"""From a trained model to where it runs: a file or folder that others read, and a report."""
+
+from asymq.export.report import ExportReport, Row
+
+__all__ = ["ExportReport", "Row"]
