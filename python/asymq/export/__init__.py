@@ -1,5 +1,6 @@
 """From a trained model to where it runs: a file or folder that others read, and a report."""
 
+from asymq.export.onnx import export_onnx
 from asymq.export.report import ExportReport, Row
 
-__all__ = ["ExportReport", "Row"]
+__all__ = ["ExportReport", "Row", "export_onnx"]

@@ -6,6 +6,7 @@ r + its zero point, in a *container*.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,14 +67,12 @@ class Grid(NamedTuple):
             eps=self.spec.eps,
             full_range=self.spec.full_range,
         ).int()
-        if self.offset is None:
-            return codes
-        # Codes of asymmetric grids are counted from n.
-        lowest = self.lowest.int()
-        for axis, (size, ranges) in enumerate(zip(x.shape, lowest.shape, strict=False)):
-            if lowest.numel() > 1:
-                lowest = lowest.repeat_interleave(size // ranges, axis)
-        return codes + lowest
+        # Those of asymmetric grids are counted from n.
+        return codes if self.offset is None else codes + spread(self.lowest.int(), x.shape)
+
+    def values(self, x: Tensor) -> Tensor:
+        """x on the grid, float32."""
+        return self.codes(x) * spread(self.scale, x.shape)
 
     def container(self, constant: bool = False) -> Container | None:
         """The smallest one that holds every code and zero point; None: none does.
@@ -102,3 +101,14 @@ class Grid(NamedTuple):
         if bool((lowest == low).all() and (highest == high).all()):
             return None
         return self.scale * self.lowest, self.scale * self.highest
+
+
+def spread(ranges: Tensor, shape: Sequence[int]) -> Tensor:
+    """What belongs to each range for each element of a tensor of `shape`, or one value for all; of
+    an axis with one range there stays one."""
+    if ranges.numel() == 1:
+        return ranges.reshape(())
+    for axis, (size, count) in enumerate(zip(shape, ranges.shape, strict=True)):
+        if count > 1:
+            ranges = ranges.repeat_interleave(size // count, axis)
+    return ranges

@@ -1,0 +1,397 @@
+"""A model as a graph of ONNX, in which one node stands for each use of a quantizer.
+
+What a target makes of these nodes is its own; names and layouts are common to all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from asymq.calibration import evaluating
+from asymq.quantizers import Quantizer, use_functions
+from asymq.wrappers import pretrained_models
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OLDEST_OPSET = 21
+EXTRA = "onnx"
+_DOMAIN = "asymq"
+# Axis 1 of these is the tokens.
+_OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
+
+
+@dataclass
+class Use:
+    """A node that stands for a quantizer. source: what it quantizes. blocks: the shape in which its
+    ranges lie, in blocks, on that; [1]: one range. is_weight: the source is a constant.
+    transposed: a constant's file has it transposed, and so are its blocks."""
+
+    node: ir.Node
+    name: str
+    quantizer: Quantizer
+    blocks: tuple[int, ...]
+    is_weight: bool
+    transposed: bool = False
+    note: str = ""
+
+    @property
+    def source(self) -> ir.Value:
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def result(self) -> ir.Value:
+        return self.node.outputs[0]
+
+    @property
+    def tensor(self) -> str:
+        return self.source.name or ""
+
+
+@dataclass
+class Traced:
+    """uses: in the order of the graph."""
+
+    model: ir.Model
+    uses: list[Use] = field(default_factory=list)
+
+
+def need_onnx(what: str) -> None:
+    """ImportError that names the extra, where a package is missing that writes ONNX."""
+    try:
+        import ml_dtypes  # noqa: F401
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs {error.name}: install the extra, pip install 'asymq[{EXTRA}]'"
+        ) from error
+
+
+def need_float32(model: nn.Module, quantizers: Mapping[str, Quantizer], what: str) -> None:
+    """ValueError: parameters of another type."""
+    ranges = {id(p) for quantizer in quantizers.values() for p in quantizer.parameters()}
+    for name, parameter in model.named_parameters():
+        other = parameter.is_floating_point() and parameter.dtype != torch.float32
+        if other and id(parameter) not in ranges:
+            raise ValueError(
+                f"{what}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and runtimes "
+                "quantize float32 as asymq does, half types otherwise: call model.float() first"
+            )
+
+
+def need_static(quantizers: Mapping[str, Quantizer], what: str) -> None:
+    """ValueError: a dynamic range, which is none that a file could hold."""
+    live = [name for name, quantizer in quantizers.items() if quantizer.live]
+    if live:
+        raise ValueError(
+            f"{what}: {live[0]} has a dynamic range ({len(live)} in all), which changes with the "
+            "data and stands in no file: prepare the model with static ranges "
+            "(QuantSpec(dynamic=False), QuantConfig.npu), or export its weights with "
+            "asymq.export_checkpoint"
+        )
+
+
+def trace(
+    model: nn.Module,
+    quantizers: Mapping[str, Quantizer],
+    example_inputs: Any,
+    *,
+    dynamic: bool,
+    opset: int,
+    what: str,
+) -> Traced:
+    """The graph of `model` in evaluation mode, which is left as it was.
+
+    Names: parameters have their own, what is quantized is called after its quantizer, inputs are
+    those of `example_inputs` or the model's forward, outputs "logits" or "output". Weights of
+    matrix products are [in, out].
+    """
+    inputs, constants = _inputs(model, example_inputs, what)
+    if dynamic:
+        inputs = _not_single(inputs)
+    call = _Call(model, list(inputs), constants)
+    with (
+        _one_implementation(model),
+        _standing_for(quantizers),
+        use_functions("unfused"),
+        evaluating(call),
+    ):
+        try:
+            with _quiet():
+                exported = torch.export.export(
+                    call,
+                    tuple(inputs.values()),
+                    dynamic_shapes=_shapes(inputs) if dynamic else None,
+                )
+                program = torch.onnx.export(
+                    exported,
+                    dynamo=True,
+                    opset_version=opset,
+                    input_names=list(inputs),
+                    verbose=False,
+                )
+        except Exception as error:
+            way_out = "; with dynamic=False shapes are those of the example" if dynamic else ""
+            raise ValueError(
+                f"{what}: torch.onnx.export cannot read this {type(model).__name__}"
+                f"{way_out}: {_reason(error)}"
+            ) from error
+    assert program is not None
+    traced = Traced(program.model)
+    graph = traced.model.graph
+    _name_parameters(graph, model)
+    for value, name in zip(graph.outputs, _names_of_outputs(call, len(graph.outputs)), strict=True):
+        value.name = name
+    _find_uses(traced, quantizers)
+    names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+    names |= {value.name for value in graph.inputs}
+    for use in traced.uses:
+        if use.is_weight:
+            _lay_out(use, graph)
+        else:
+            _name_source(use, graph, names)
+    traced.model.opset_imports.pop(_DOMAIN, None)
+    return traced
+
+
+# ---- what is traced ------------------------------------------------------------------------------
+
+
+class _Call(nn.Module):
+    """A model as a function of tensors alone, which returns tensors alone."""
+
+    def __init__(self, model: nn.Module, names: list[str], constants: dict[str, Any]):
+        super().__init__()
+        self.model = model
+        self.names, self.constants = names, constants
+        self.returned = _Returned()
+
+    def forward(self, *tensors: Tensor):
+        given = dict(zip(self.names, tensors, strict=True)) | self.constants
+        positional = [given.pop(name) for name in self.names if name.startswith(_POSITIONAL)]
+        result = self.model(*positional, **given)
+        if isinstance(result, Mapping):
+            logits = result.get("logits")
+            result = logits if logits is not None else next(iter(result.values()))
+            self.returned.name = "output" if logits is None else "logits"
+        return result
+
+
+class _Returned:
+    """Beside the module, whose attributes a trace must leave alone."""
+
+    name = "output"
+
+
+# Names of inputs of a forward that takes them as *args.
+_POSITIONAL = "input_"
+
+
+def _inputs(model: nn.Module, example: Any, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by the names of the model's arguments, and what else it is called with."""
+    if isinstance(example, Tensor):
+        example = (example,)
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(example, Mapping):
+        given = dict(example)
+    elif isinstance(example, tuple):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [name for name, p in parameters.items() if p.kind in kinds]
+        names += [f"{_POSITIONAL}{i}" for i in range(len(names), len(example))]
+        given = dict(zip(names, example, strict=False))
+    else:
+        raise ValueError(
+            f"{what}: example_inputs must be a tensor, a tuple of positional arguments or a dict "
+            f"of keyword arguments, got {type(example).__name__}"
+        )
+    tensors = {k: v.detach().contiguous() for k, v in given.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise ValueError(f"{what}: example_inputs holds no tensor")
+    constants = {k: v for k, v in given.items() if k not in tensors}
+    if any(True for _ in pretrained_models(model)) and "use_cache" in parameters:
+        constants["use_cache"] = False
+    return tensors, constants
+
+
+def _not_single(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with two elements along a dynamic axis of one, which torch.export would keep."""
+    return {
+        name: x.repeat([2 if axis in axes and n == 1 else 1 for axis, n in enumerate(x.shape)])
+        for (name, x), axes in zip(inputs.items(), _shapes(inputs)[0], strict=True)
+    }
+
+
+def _shapes(inputs: dict[str, Tensor]) -> tuple[tuple[dict[int, Any], ...]]:
+    """The dynamic axes of each input, as the one argument *tensors of `_Call` has them."""
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    return (
+        tuple(
+            ({0: batch} if x.dim() else {})
+            | ({1: length} if name in _OF_TOKENS and x.dim() > 1 else {})
+            for name, x in inputs.items()
+        ),
+    )
+
+
+@contextmanager
+def _standing_for(quantizers: Mapping[str, Quantizer]) -> Iterator[None]:
+    """Each quantizer's call becomes a node of its own."""
+    for name, quantizer in quantizers.items():
+        quantizer.forward = _node_for(name, quantizer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for quantizer in quantizers.values():
+            del quantizer.forward
+
+
+def _node_for(name: str, quantizer: Quantizer):
+    def forward(x: Tensor) -> Tensor:
+        attributes = {"name": name, "blocks": [int(size) for size in quantizer.shape_on(x)]}
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::Quantizer", (x,), attributes, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+    return forward
+
+
+@contextmanager
+def _one_implementation(model: nn.Module) -> Iterator[None]:
+    """Experts of transformers by the implementation that ONNX has operators for."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    name = "_experts_implementation_internal"
+    before = [(c, vars(c)[name]) for c in configs.values() if name in getattr(c, "__dict__", ())]
+    for config, _ in before:
+        setattr(config, name, "batched_mm")
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            setattr(config, name, implementation)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.onnx says of packages that are not there and of names of axes."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 400 else f"{text[:400]} ..."
+
+
+# ---- names and layouts ---------------------------------------------------------------------------
+
+
+def _name_parameters(graph: ir.Graph, model: nn.Module) -> None:
+    """Parameters are called as in the model itself, those with several names by the first."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    for old, value in list(graph.initializers.items()):
+        own = names.get(old.removeprefix("model."))
+        if own is not None and own not in graph.initializers:
+            value.name = own
+
+
+def _names_of_outputs(call: _Call, count: int) -> list[str]:
+    first = call.returned.name
+    return [first, *(f"{first}_{i}" for i in range(1, count))]
+
+
+def _find_uses(traced: Traced, quantizers: Mapping[str, Quantizer]) -> None:
+    """Collects the nodes that stand for quantizers, one for each tensor."""
+    graph = traced.model.graph
+    first: dict[tuple[str, int], Use] = {}
+    for node in list(graph):
+        if node.domain != _DOMAIN:
+            continue
+        name, blocks = node.attributes["name"].as_string(), node.attributes["blocks"].as_ints()
+        use = Use(node, name, quantizers[name], tuple(blocks), False)
+        use.is_weight = use.source.is_initializer()
+        kept = first.setdefault((name, id(use.source)), use)
+        if kept is use:
+            traced.uses.append(use)
+        else:
+            use.result.replace_all_uses_with(kept.result)
+            graph.remove(node, safe=True)
+
+
+def _lay_out(use: Use, graph: ir.Graph) -> None:
+    """Transposes a constant matrix that matrix products alone read, and read transposed."""
+    readers = [(node, index) for node, index in use.result.uses()]
+    shape = use.source.shape
+    if shape is None or len(shape) != 2 or use.result.is_graph_output() or not readers:
+        return
+    products = {
+        node: node.op_type == "Gemm" and index == 1 and node.attributes.get_int("transB", 0) == 1
+        for node, index in readers
+    }
+    transposes = [n for n in products if n.op_type == "Transpose" and _perm(n) == (1, 0)]
+    if len(transposes) + sum(products.values()) < len(products):
+        if transposes:
+            use.note = "one initializer for several layouts: a Transpose is left in the graph"
+        return
+    for node in products:
+        if node.op_type == "Gemm":
+            del node.attributes["transB"]
+        else:
+            node.outputs[0].replace_all_uses_with(use.result)
+            graph.remove(node, safe=True)
+    use.transposed = True
+    if len(use.blocks) == 2:
+        use.blocks = use.blocks[::-1]
+    use.result.shape = None if use.result.shape is None else _reversed(use.result.shape)
+
+
+def _perm(node: ir.Node) -> tuple[int, ...]:
+    return tuple(node.attributes.get_ints("perm", ()))
+
+
+def _reversed(shape: ir.Shape) -> ir.Shape:
+    return type(shape)(list(shape)[::-1])
+
+
+def _name_source(use: Use, graph: ir.Graph, names: set[str | None]) -> None:
+    """Calls what is quantized after its quantizer. What has a name already, or others read as it
+    is, keeps it, and an Identity gets the new one."""
+    import onnx_ir as ir
+
+    name = use.name.removesuffix("_quantizer") or use.quantizer.label
+    numbered = (name if i == 0 else f"{name}_{i}" for i in range(len(names) + 1))
+    name = next(candidate for candidate in numbered if candidate not in names)
+    names.add(name)
+    source, made = use.source, use.source.producer()
+    readers = [node for node, _ in source.uses() if node.op_type != "Shape"]
+    if made is None or made.domain == _DOMAIN or source.is_graph_output() or len(readers) > 1:
+        identity = ir.node("Identity", [source])
+        identity.outputs[0].shape, identity.outputs[0].type = source.shape, source.type
+        graph.insert_before(use.node, identity)
+        use.node.replace_input_with(0, identity.outputs[0])
+        source = identity.outputs[0]
+    source.name = name
