@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asymq.calibration import evaluating
+from asymq.conversion import weights_of_quantizers
 from asymq.quantizers import Quantizer, use_functions
 from asymq.wrappers import pretrained_models
 
@@ -80,30 +81,6 @@ def need_onnx(what: str) -> None:
         ) from error
 
 
-def need_float32(model: nn.Module, quantizers: Mapping[str, Quantizer], what: str) -> None:
-    """ValueError: parameters of another type."""
-    ranges = {id(p) for quantizer in quantizers.values() for p in quantizer.parameters()}
-    for name, parameter in model.named_parameters():
-        other = parameter.is_floating_point() and parameter.dtype != torch.float32
-        if other and id(parameter) not in ranges:
-            raise ValueError(
-                f"{what}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and runtimes "
-                "quantize float32 as asymq does, half types otherwise: call model.float() first"
-            )
-
-
-def need_static(quantizers: Mapping[str, Quantizer], what: str) -> None:
-    """ValueError: a dynamic range, which is none that a file could hold."""
-    live = [name for name, quantizer in quantizers.items() if quantizer.live]
-    if live:
-        raise ValueError(
-            f"{what}: {live[0]} has a dynamic range ({len(live)} in all), which changes with the "
-            "data and stands in no file: prepare the model with static ranges "
-            "(QuantSpec(dynamic=False), QuantConfig.npu), or export its weights with "
-            "asymq.export_checkpoint"
-        )
-
-
 def trace(
     model: nn.Module,
     quantizers: Mapping[str, Quantizer],
@@ -112,8 +89,10 @@ def trace(
     dynamic: bool,
     opset: int,
     what: str,
+    untie: bool = False,
 ) -> Traced:
-    """The graph of `model` in evaluation mode, which is left as it was.
+    """The graph of `model` in evaluation mode, which is left as it was. untie: each reader of a
+    weight has its own.
 
     Names: parameters have their own, what is quantized is called after its quantizer, inputs are
     those of `example_inputs` or the model's forward, outputs "logits" or "output". Weights of
@@ -135,6 +114,7 @@ def trace(
                     call,
                     tuple(inputs.values()),
                     dynamic_shapes=_shapes(inputs) if dynamic else None,
+                    prefer_deferred_runtime_asserts_over_guards=True,
                 )
                 program = torch.onnx.export(
                     exported,
@@ -156,6 +136,8 @@ def trace(
     for value, name in zip(graph.outputs, _names_of_outputs(call, len(graph.outputs)), strict=True):
         value.name = name
     _find_uses(traced, quantizers)
+    if untie:
+        _untie(traced, model, what)
     names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
     names |= {value.name for value in graph.inputs}
     for use in traced.uses:
@@ -260,7 +242,8 @@ def _standing_for(quantizers: Mapping[str, Quantizer]) -> Iterator[None]:
 
 def _node_for(name: str, quantizer: Quantizer):
     def forward(x: Tensor) -> Tensor:
-        attributes = {"name": name, "blocks": [int(size) for size in quantizer.shape_on(x)]}
+        blocks = [int(size) for size in quantizer.shape_on(x)]
+        attributes: dict[str, Any] = {"name": name, "blocks": blocks}
         return torch.onnx.ops.symbolic(
             f"{_DOMAIN}::Quantizer", (x,), attributes, dtype=x.dtype, shape=x.shape, version=1
         )
@@ -340,6 +323,29 @@ def _find_uses(traced: Traced, quantizers: Mapping[str, Quantizer]) -> None:
         else:
             use.result.replace_all_uses_with(kept.result)
             graph.remove(node, safe=True)
+
+
+def _untie(traced: Traced, model: nn.Module, what: str) -> None:
+    """Gives each reader of a weight a use and an initializer, called after the layers in turn."""
+    import onnx_ir as ir
+
+    graph = traced.model.graph
+    users = weights_of_quantizers(model, what)
+    for use in [use for use in traced.uses if use.is_weight]:
+        names = [weight.name for weight in users.get(use.quantizer, ())]
+        for i, (reader, index) in enumerate(list(use.result.uses())[1:], 1):
+            source = ir.Value(
+                name=names[i] if i < len(names) else f"{use.tensor}_{i}",
+                shape=use.source.shape,
+                type=use.source.type,
+                const_value=use.source.const_value,
+            )
+            graph.register_initializer(source)
+            node = ir.node("Quantizer", [source], dict(use.node.attributes), domain=_DOMAIN)
+            node.outputs[0].shape, node.outputs[0].type = use.result.shape, use.result.type
+            graph.insert_after(use.node, node)
+            reader.replace_input_with(index, node.outputs[0])
+            traced.uses.append(Use(node, use.name, use.quantizer, use.blocks, True))
 
 
 def _lay_out(use: Use, graph: ir.Graph) -> None:
