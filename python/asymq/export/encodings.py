@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from asymq._build import VERSION
-from asymq.export.graph import exportable, finish, placement, put_float, replace, write
-from asymq.export.grids import FLOAT, Grid
+from asymq.export.graph import (
+    constant,
+    exportable,
+    finish,
+    initializer,
+    placement,
+    put_float,
+    replace,
+    write,
+)
+from asymq.export.grids import Grid
 from asymq.export.report import ExportReport, Row
 from asymq.export.tracing import OLDEST_OPSET, Traced, Use, need_onnx, trace
 
@@ -73,11 +82,12 @@ def export_encodings(
     report = ExportReport([Row.of(name, quantizer) for name, quantizer in quantizers.items()])
     rows = {row.name: row for row in report.rows}
     entries: list[_Entry] = []
+    taken: set[ir.Value] = set()
     for use in traced.uses:
         if use.is_weight:
             entry = _weight(traced, use, rows[use.name], tables)
         else:
-            entry = _activation(traced, use, rows[use.name], version, widen)
+            entry = _activation(traced, use, rows[use.name], version, widen, taken)
         if entry is not None:
             entries.append(entry)
     finish(traced, report, quantizers)
@@ -173,9 +183,8 @@ def _widened(grid: Grid) -> _Held:
 
 def _weight(traced: Traced, use: Use, row: Row, tables: bool) -> _Entry | None:
     """A weight on its grid, and its entry; None: it gets none, and the row says why."""
-    shape = [int(n) for n in use.source.shape or ()]
-    shape = shape[::-1] if use.transposed else shape
-    axis, block = placement(use.blocks, shape)
+    shape = constant(use).shape
+    axis, block = placement(use.blocks, shape[::-1] if use.transposed else shape)
     held, note = _of_weight(Grid.of(use.quantizer)), ""
     is_table = all(node.op_type == "Gather" for node, _ in use.result.uses())
     if held is None:
@@ -195,17 +204,20 @@ def _weight(traced: Traced, use: Use, row: Row, tables: bool) -> _Entry | None:
     return _Entry(tensor, True, held, axis, block, use.transposed)
 
 
-def _activation(traced: Traced, use: Use, row: Row, version: str, widen: bool) -> _Entry:
+def _activation(
+    traced: Traced, use: Use, row: Row, version: str, widen: bool, taken: set[ir.Value]
+) -> _Entry:
     held = _of_activation(use.name, Grid.of(use.quantizer), version, widen)
     dims = use.source.shape
     assert dims is not None
     axis, block = placement(use.blocks, [n if isinstance(n, int) else 1 for n in dims])
-    carrier = _carrier(use, axis is None)
+    carrier = _carrier(use, axis is None, taken)
     if carrier is None:
         carrier = _multiplied(traced, use)
     elif carrier is not use.source and not carrier.is_graph_input():
         own, use.source.name = use.source.name, f"{use.source.name}_moved"
         carrier.name = own
+    taken.add(carrier)
     replace(traced, use, [], use.source)
     tensor = carrier.name or ""
     row.tensor = f"{row.tensor}, {tensor}" if row.tensor else tensor
@@ -214,9 +226,9 @@ def _activation(traced: Traced, use: Use, row: Row, version: str, widen: bool) -
     return _Entry(tensor, False, held, axis, block, False)
 
 
-def _carrier(use: Use, per_tensor: bool) -> ir.Value | None:
+def _carrier(use: Use, per_tensor: bool, taken: set[ir.Value]) -> ir.Value | None:
     """The tensor that AIMET quantizes in the place of the source: itself, or what it was before
-    its elements were moved, if nobody else reads that; None: there is none."""
+    its elements were moved, if nobody else reads that; None: there is none that is not `taken`."""
     value = use.source
     while (node := value.producer()) is not None and node.op_type in _MOVES:
         before = node.inputs[0]
@@ -227,14 +239,12 @@ def _carrier(use: Use, per_tensor: bool) -> ir.Value | None:
             return None
         value = before
     made = value.producer()
-    return None if made is not None and made.domain else value
+    return None if value in taken or (made is not None and made.domain) else value
 
 
 def _multiplied(traced: Traced, use: Use) -> ir.Value:
     """The source times 1, which AIMET quantizes by itself."""
     import onnx_ir as ir
-
-    from asymq.export.graph import initializer
 
     graph, source = traced.model.graph, use.source
     name = source.name
