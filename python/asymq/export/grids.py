@@ -78,7 +78,7 @@ class Grid(NamedTuple):
         """The smallest one that holds every code and zero point; None: none does.
 
         Symmetric grids have the zero point 0, asymmetric ones -n, or 0 where n > 0. constant: of
-        data that are known, of which alone there may be unsigned types of 4 bits.
+        data that are known; of others onnxruntime knows no types of 4 bits.
         """
         if self.offset is None:
             types, zero_point = SIGNED, torch.zeros_like(self.lowest)
@@ -87,7 +87,7 @@ class Grid(NamedTuple):
         largest = int(torch.maximum(self.highest + zero_point, zero_point).max())
         smallest = int((self.lowest + zero_point).min())
         for dtype, (low, high) in types.items():
-            if dtype == "uint4" and not constant:
+            if dtype.endswith("int4") and not constant:
                 continue
             if low <= smallest and largest <= high:
                 return Container(dtype, zero_point.int())

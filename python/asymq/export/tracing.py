@@ -110,10 +110,11 @@ def trace(
     ):
         try:
             with _quiet():
+                shapes = _shapes(inputs) if dynamic else None
                 exported = torch.export.export(
                     call,
                     tuple(inputs.values()),
-                    dynamic_shapes=_shapes(inputs) if dynamic else None,
+                    dynamic_shapes=shapes,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
                 program = torch.onnx.export(
@@ -121,6 +122,7 @@ def trace(
                     dynamo=True,
                     opset_version=opset,
                     input_names=list(inputs),
+                    dynamic_shapes=shapes,
                     verbose=False,
                 )
         except Exception as error:
