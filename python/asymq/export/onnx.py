@@ -22,7 +22,7 @@ from asymq.export.graph import (
     type_of,
     write,
 )
-from asymq.export.grids import Container, Grid, spread
+from asymq.export.grids import FLOAT, Container, Grid, spread
 from asymq.export.report import ExportReport, Row
 from asymq.export.tracing import OLDEST_OPSET, Traced, Use, need_onnx, trace
 
@@ -97,7 +97,7 @@ def _put_integers(traced: Traced, use: Use, row: Row) -> None:
     name = use.tensor
     stored = laid_out(stored, use)
     codes = initializer(traced, f"{name}_quantized", stored, container.dtype)
-    attributes, *constants = _ranges(traced, use, grid, container, name, stored.shape)
+    attributes, constants = _ranges(traced, use, grid, container, name, stored.shape)
     node = ir.node("DequantizeLinear", [codes, *constants], attributes)
     result = node.outputs[0]
     result.shape, result.type, result.name = (
@@ -137,8 +137,9 @@ def _put_operators(traced: Traced, use: Use, row: Row) -> None:
             node.outputs[0].shape, node.outputs[0].type = source.shape, source.type
         x = nodes[-1].outputs[0]
         x.name = f"{name}_clipped"
-    attributes, *constants = _ranges(traced, use, grid, container, name, shape)
-    quantize = ir.node("QuantizeLinear", [x, *constants], attributes)
+    attributes, constants = _ranges(traced, use, grid, container, name, shape)
+    dtype = {"output_dtype": int(type_of(container.dtype))} if grid.offset is None else {}
+    quantize = ir.node("QuantizeLinear", [x, *constants], attributes | dtype)
     codes = quantize.outputs[0]
     codes.name, codes.shape = f"{name}_quantized", source.shape
     codes.type = ir.TensorType(type_of(container.dtype))
@@ -151,23 +152,27 @@ def _put_operators(traced: Traced, use: Use, row: Row) -> None:
 
 def _ranges(
     traced: Traced, use: Use, grid: Grid, container: Container, name: str, shape
-) -> tuple[dict[str, int], ir.Value, ir.Value]:
-    """The attributes axis and block_size, scale and zero point, for a tensor of `shape`."""
-    scale, zero_point = grid.scale, container.zero_point
-    if use.transposed and scale.dim() == 2:
-        scale, zero_point = scale.t(), zero_point.t()
+) -> tuple[dict[str, int], list[ir.Value]]:
+    """The attributes axis and block_size, scale and zero point, for a tensor of `shape`. Symmetric
+    grids have no zero point: onnxruntime puts int8 with one on uint8, and fails where it does."""
+    tensors = {"scale": grid.scale}
+    if grid.offset is not None:
+        tensors["zero_point"] = container.zero_point
     axis, block = placement(use.blocks, shape)
-    tensors = [tensor.reshape(use.blocks) for tensor in (scale, zero_point)]
-    if axis is None:
-        attributes = {}
-        tensors = [tensor.reshape(()) for tensor in tensors]
-    elif block is None:
-        attributes = {"axis": axis}
-        tensors = [spread(tensor, shape).flatten() for tensor in tensors]
-    else:
-        attributes = {"axis": axis, "block_size": block}
-    return (
-        attributes,
-        initializer(traced, f"{name}_scale", tensors[0]),
-        initializer(traced, f"{name}_zero_point", tensors[1], container.dtype),
-    )
+    attributes = {}
+    if axis is not None:
+        attributes["axis"] = axis
+    if block is not None:
+        attributes["block_size"] = block
+    constants = []
+    for which, tensor in tensors.items():
+        if use.transposed and tensor.dim() == 2:
+            tensor = tensor.t()
+        tensor = tensor.reshape(use.blocks)
+        if axis is None:
+            tensor = tensor.reshape(())
+        elif block is None:
+            tensor = spread(tensor, shape).flatten()
+        dtype = FLOAT if which == "scale" else container.dtype
+        constants.append(initializer(traced, f"{name}_{which}", tensor, dtype))
+    return attributes, constants
