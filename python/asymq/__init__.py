@@ -97,6 +97,7 @@ __all__ = [
     "disable_quantizers",
     "effective_scale_offset",
     "enable_quantizers",
+    "export_checkpoint",
     "export_encodings",
     "export_onnx",
     "fake_quantize_beta_gamma",
@@ -131,7 +132,7 @@ def __getattr__(name: str):
     """What is read when it is asked for: it costs time, or needs transformers."""
     if name == "reference":
         return importlib.import_module("asymq.reference")
-    if name in ("export_encodings", "export_onnx"):
+    if name in ("export_checkpoint", "export_encodings", "export_onnx"):
         return getattr(importlib.import_module("asymq.export"), name)
     if name == "QuantConv1D":
         return importlib.import_module("asymq.layers.conv1d").QuantConv1D

@@ -46,24 +46,27 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    with whole_files(folder) as work:
+    with whole_files(folder, last=DESCRIPTION) as work:
         save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
         (work / DESCRIPTION).write_text(encode(description))
 
 
 @contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def whole_files(folder: Path, last: str) -> Iterator[Path]:
     """A folder to write into. At the end of the block its files go into `folder` (made if it is not
-    there), in the order in which they were written; after an error none of them does."""
+    there), the one called `last` after the others; after an error none of them does."""
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     work = Path(tempfile.mkdtemp(prefix=f".saving-{os.getpid()}-", dir=folder))
     try:
         yield work
-        for path in sorted(work.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        for path in sorted(work.iterdir(), key=lambda path: path.name == last):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -116,7 +116,7 @@ def write(model: ir.Model, path: Path, beside: Mapping[str, str] | None = None) 
     sizes = (v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     data = f"{path.name}.data" if sum(sizes) > _LARGEST_FILE else None
     texts = beside or {}
-    with whole_files(path.parent) as folder:
+    with whole_files(path.parent, last=path.name) as folder:
         for name, text in texts.items():
             (folder / name).write_text(text)
         ir.save(model, folder / path.name, external_data=data)
