@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asymq._build import VERSION
@@ -27,7 +29,8 @@ from asymq.wrappers import pretrained_models
 WHAT = "asymq.export_checkpoint"
 METHOD = "compressed-tensors"
 CONFIG = "config.json"
-_OF_A_MODEL = (CONFIG, "generation_config.json", f"{WEIGHTS}.index.json")
+_INDEX = f"{WEIGHTS}.index.json"
+_OF_A_MODEL = (CONFIG, "generation_config.json", _INDEX)
 _LARGEST_FILE = "5GB"
 # In the metadata of the weights, by which an export knows what it may replace.
 _MARK = "asymq"
@@ -137,12 +140,13 @@ def _tensors(model: Any, plan: Plan, pack: Callable[..., Tensor]) -> dict[str, T
         quantizer = plan.floats.get(elements(tensor))
         if quantizer is not None:
             tensor = Grid.of(quantizer).values(tensor).to(tensor.dtype)
-        # With memory of its own: what is not tied when it is loaded is there several times.
-        floats[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        floats[name] = tensor.cpu()
     tensors = in_files(model, floats)
     for weight in plan.packed:
         tensors |= _integers(model, weight, pack)
-    return tensors
+    # Each with memory of its own: what is not tied when it is loaded is there several times.
+    own = torch.contiguous_format
+    return {name: tensor.detach().clone(memory_format=own) for name, tensor in tensors.items()}
 
 
 def _integers(model: Any, weight: Packed, pack: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -165,7 +169,7 @@ def _integers(model: Any, weight: Packed, pack: Callable[..., Tensor]) -> dict[s
             tensors[f"{name}_shape"] = torch.tensor(part.shape)
         else:
             tensors[name] = part
-        tensors[f"{name}_scale"] = scales[name].clone()
+        tensors[f"{name}_scale"] = scales[name]
         tensors |= {f"{name}_{key}": tensor for key, tensor in extra.items()}
     return tensors
 
@@ -202,20 +206,24 @@ def _write(
     folder: Path,
     replaced: list[Path],
 ) -> tuple[Path, ...]:
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import split_torch_state_dict_into_shards
 
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=_LARGEST_FILE)
     description, config = describe(model), deepcopy(model.config)
     config.quantization_config = quantization
     config.architectures, config.dtype = [description["class"]], description["dtype"]
     with whole_files(folder, last=CONFIG) as work:
-        save_torch_state_dict(
-            tensors, work, max_shard_size=_LARGEST_FILE, metadata={_MARK: VERSION}
-        )
+        for file, names in shards.filename_to_tensors.items():
+            part = {name: tensors[name] for name in names}
+            save_file(part, str(work / file), metadata={"format": "pt", _MARK: VERSION})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (work / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
         if model.can_generate():
             model.generation_config.save_pretrained(work)
         config.save_pretrained(work)
-        names = sorted(path.name for path in work.iterdir())
+        written = sorted(path.name for path in work.iterdir())
         # The configuration comes back last: a folder without it is none that loads.
         for path in replaced:
             path.unlink()
-    return tuple(folder / name for name in names)
+    return tuple(folder / name for name in written)

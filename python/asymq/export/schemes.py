@@ -144,7 +144,7 @@ class Plan:
         arguments = self._arguments(quantizer, strategy, group)
         packed = Packed(*weight, quantizer, False, arguments)
         self.packed.append(packed)
-        parts = in_files(self.model, {weight.name: weight.parameter})
+        parts = in_files(self.model, {weight.name: weight.parameter.to("meta")})
         if len(parts) != 1:
             raise ValueError(
                 f"{self.what}: transformers makes {weight.name} of {', '.join(parts)}, and does "
@@ -158,8 +158,9 @@ class Plan:
         """transformers reads each expert's weight alone, packed and without zero points, and all in
         one way."""
         spec, shape, name = quantizer.spec, weight.parameter.shape, self.names[quantizer]
-        parts = [] if module.is_transposed else list(in_files(self.model, dict([weight])))
+        parts = in_files(self.model, {weight.name: weight.parameter.to("meta")})
         needs = {
+            "weights [experts, out, in]": not module.is_transposed,
             "files that list experts one by one": len(parts) >= shape[0],
             "symmetric weights": spec.symmetric,
             "2 to 7 bits": spec.bits < 8,
@@ -402,5 +403,4 @@ def in_files(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model under the names, and in the parts, that files of its family have."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    parts = revert_weight_conversion(model, dict(tensors))
-    return {name: tensor.contiguous() for name, tensor in parts.items()}
+    return revert_weight_conversion(model, dict(tensors))
