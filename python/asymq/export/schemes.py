@@ -18,7 +18,7 @@ from asymq.conversion import Weight, weights_of_quantizers
 from asymq.export.grids import Grid
 from asymq.export.report import Row
 from asymq.layers.experts import QuantExperts
-from asymq.quantizers import PerGroup, Quantizer, WeightQuantizer, elements
+from asymq.quantizers import Quantizer, WeightQuantizer, elements
 
 PACKED, INT8, INT8_ASYMMETRIC = "pack-quantized", "int-quantized", "naive-quantized"
 MIXED = "mixed-precision"
@@ -192,7 +192,8 @@ class Plan:
     ) -> tuple[str, int | None]:
         """Where the ranges lie on a weight [out, in], and the size of a group."""
         of_rows = len(ranges) == 2 and ranges[0] == shape[0]
-        if of_rows and (ranges[1] > 1 or isinstance(quantizer.spec.granularity, PerGroup)):
+        # A group as long as a row is a group still: layers of one spec are in one group.
+        if of_rows and (ranges[1] > 1 or hasattr(quantizer.spec.granularity, "size")):
             return "group", shape[1] // ranges[1]
         if of_rows:
             return "channel", None
