@@ -466,6 +466,11 @@ def test_refused_before_anything_is_written(case, tmp_path):
             r"lm_head\.input_quantizer.*stored in float.*head=None",
         ),
         (
+            weights(4, input=replace(FIXED, bits=12)),
+            {"activations": "dynamic"},
+            r"q_proj\.input_quantizer \(8 in all\).*with 2 to 8 bits",
+        ),
+        (
             weights(4, symmetric=False, input=FIXED),
             {"activations": "dynamic"},
             "without inputs: prepare it symmetric",

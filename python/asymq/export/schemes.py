@@ -260,12 +260,16 @@ class Plan:
     def _place_inputs(self, quantizers: list[Quantizer], drop: bool) -> None:
         layers = self._layers_of_inputs()
         stored = {weight.module: weight for weight in self.packed}
-        strange = [q for q in quantizers if q not in layers or not q.spec.granularity.of_tokens]
+        strange = [
+            q
+            for q in quantizers
+            if q not in layers or not q.spec.granularity.of_tokens or q.spec.bits > 8
+        ]
         if strange:
             raise ValueError(
                 f"{self.what}: {self.names[strange[0]]} ({len(strange)} in all) is no PerToken "
-                "input of an nn.Linear, and compressed-tensors holds no others: activations='drop' "
-                "leaves out all of them, asymq.export_onnx writes static ranges"
+                "input of an nn.Linear with 2 to 8 bits, and compressed-tensors holds no others: "
+                "activations='drop' leaves out all of them, asymq.export_onnx writes static ranges"
             )
         beside = [q for q in quantizers if not layers[q] <= stored.keys()]
         if beside and not drop:
@@ -308,13 +312,19 @@ class Plan:
             )
 
     def _layers_of_inputs(self) -> dict[Quantizer, set[str]]:
-        """Names of the nn.Linears that quantize their input, by quantizer."""
+        """Names of the nn.Linears whose input each quantizer quantizes, of those that quantize
+        nothing else."""
         layers: dict[Quantizer, set[str]] = {}
-        for name, module in self.model.named_modules():
-            quantizer = getattr(module, "input_quantizer", None)
-            if isinstance(module, nn.Linear) and isinstance(quantizer, Quantizer):
-                layers.setdefault(quantizer, set()).add(name)
-        return layers
+        others = set()
+        for name, quantizer in self.model.named_modules(remove_duplicate=False):
+            if isinstance(quantizer, Quantizer):
+                layer, _, own = name.rpartition(".")
+                layers.setdefault(quantizer, set()).add(layer)
+                if own != "input_quantizer" or not isinstance(
+                    self.model.get_submodule(layer), nn.Linear
+                ):
+                    others.add(quantizer)
+        return {quantizer: names for quantizer, names in layers.items() if quantizer not in others}
 
     # ---- the configuration -----------------------------------------------------------------------
 
