@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Learns ranges for some steps, exports to ONNX, and measures what onnxruntime makes of it.
 
-onnx.py MODEL --data FOLDER --out FOLDER [--config table2|npu] [--steps N] ...
+to_onnx.py MODEL --train-text FILE --test-text FILE --out FOLDER [--config table2|npu] [--steps N] ...
 
-MODEL is a folder of transformers, DATA has wiki.train.raw and wiki.test.raw. Prints a row of the
-table in README.md.
+MODEL is a folder of transformers. Prints a row of the
+table in scripts/results/export.
 """
 
 import argparse
@@ -31,7 +31,8 @@ CONFIGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--train-text", required=True, type=Path)
+    parser.add_argument("--test-text", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--config", choices=CONFIGS, default="table2")
     parser.add_argument("--steps", type=int, default=10)
@@ -42,7 +43,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, test = (
         text.windows(text.tokenize(tokenizer, part.content[:2_000_000]), options.context, "text")
-        for part in text.read(options.data)
+        for part in text.read(None, options.train_text, options.test_text)
     )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     model = learned(model, train, options)
