@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Learns ranges for some steps, exports to ONNX, and measures what onnxruntime makes of it.
 
-to_onnx.py MODEL --train-text FILE --test-text FILE --out FOLDER [--config table2|npu] [--steps N] ...
+to_onnx.py MODEL --train-text FILE --test-text FILE --out FOLDER [--config table2|w8a8|npu]
 
 MODEL is a folder of transformers. Prints a row of the
 table in scripts/results/export.
