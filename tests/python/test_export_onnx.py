@@ -264,7 +264,9 @@ def test_layers_of_any_model(how, tmp_path):
     config = {"activation": None, "input": spec} if how == "inputs" else {"activation": spec}
     model, inputs = net(**config, skip=skip)
     path = tmp_path / "model.onnx"
-    report = asymq.export_onnx(model, tuple(inputs.values()), path)
+    example = tuple(inputs.values()) if how == "inputs" else inputs
+    report = asymq.export_onnx(model, example, path)
+    assert [value.name for value in onnx.load(path).graph.input] == ["ids", "shift"]
     rows = {row.name: row for row in report.rows}
     assert rows["act"].tensor == "act, act_1"
     assert_runs(model, inputs, path)

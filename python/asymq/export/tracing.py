@@ -98,10 +98,10 @@ def trace(
     those of `example_inputs` or the model's forward, outputs "logits" or "output". Weights of
     matrix products are [in, out].
     """
-    inputs, constants = _inputs(model, example_inputs, what)
+    call = _call(model, example_inputs, what)
+    inputs = _tensors(call.given)
     if dynamic:
         inputs = _not_single(inputs)
-    call = _Call(model, list(inputs), constants)
     with (
         _one_implementation(model),
         _standing_for(quantizers),
@@ -155,18 +155,25 @@ def trace(
 
 
 class _Call(nn.Module):
-    """A model as a function of tensors alone, which returns tensors alone."""
+    """A model as a function of tensors alone, which returns tensors alone.
 
-    def __init__(self, model: nn.Module, names: list[str], constants: dict[str, Any]):
+    given: all arguments, of which the tensors are replaced; by position or by name.
+    """
+
+    def __init__(self, model: nn.Module, given: dict[str, Any], by_position: bool):
         super().__init__()
-        self.model = model
-        self.names, self.constants = names, constants
+        self.model, self.given, self.by_position = model, given, by_position
         self.returned = _Returned()
+        of_transformers = any(True for _ in pretrained_models(model))
+        known = "use_cache" in inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if of_transformers and known else {}
 
     def forward(self, *tensors: Tensor):
-        given = dict(zip(self.names, tensors, strict=True)) | self.constants
-        positional = [given.pop(name) for name in self.names if name.startswith(_POSITIONAL)]
-        result = self.model(*positional, **given)
+        given = self.given | dict(zip(_tensors(self.given), tensors, strict=True))
+        if self.by_position:
+            result = self.model(*given.values(), **self.options)
+        else:
+            result = self.model(**given | self.options)
         if isinstance(result, Mapping):
             logits = result.get("logits")
             result = logits if logits is not None else next(iter(result.values()))
@@ -180,34 +187,30 @@ class _Returned:
     name = "output"
 
 
-# Names of inputs of a forward that takes them as *args.
-_POSITIONAL = "input_"
+def _tensors(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x.detach().contiguous() for name, x in given.items() if isinstance(x, Tensor)}
 
 
-def _inputs(model: nn.Module, example: Any, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by the names of the model's arguments, and what else it is called with."""
+def _call(model: nn.Module, example: Any, what: str) -> _Call:
+    """The model with the arguments of an example, by the names that its forward gives them."""
     if isinstance(example, Tensor):
         example = (example,)
-    parameters = inspect.signature(model.forward).parameters
-    if isinstance(example, Mapping):
-        given = dict(example)
-    elif isinstance(example, tuple):
+    if isinstance(example, tuple):
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(model.forward).parameters
         names = [name for name, p in parameters.items() if p.kind in kinds]
-        names += [f"{_POSITIONAL}{i}" for i in range(len(names), len(example))]
+        names += [f"input_{i}" for i in range(len(names), len(example))]
         given = dict(zip(names, example, strict=False))
+    elif isinstance(example, Mapping):
+        given = dict(example)
     else:
         raise ValueError(
             f"{what}: example_inputs must be a tensor, a tuple of positional arguments or a dict "
             f"of keyword arguments, got {type(example).__name__}"
         )
-    tensors = {k: v.detach().contiguous() for k, v in given.items() if isinstance(v, Tensor)}
-    if not tensors:
+    if not _tensors(given):
         raise ValueError(f"{what}: example_inputs holds no tensor")
-    constants = {k: v for k, v in given.items() if k not in tensors}
-    if any(True for _ in pretrained_models(model)) and "use_cache" in parameters:
-        constants["use_cache"] = False
-    return tensors, constants
+    return _Call(model, given, isinstance(example, tuple))
 
 
 def _not_single(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,6 +236,7 @@ def _shapes(inputs: dict[str, Tensor]) -> tuple[tuple[dict[int, Any], ...]]:
 @contextmanager
 def _standing_for(quantizers: Mapping[str, Quantizer]) -> Iterator[None]:
     """Each quantizer's call becomes a node of its own."""
+    own = {q: vars(q)["forward"] for q in quantizers.values() if "forward" in vars(q)}
     for name, quantizer in quantizers.items():
         quantizer.forward = _node_for(name, quantizer)  # type: ignore[method-assign]
     try:
@@ -240,6 +244,8 @@ def _standing_for(quantizers: Mapping[str, Quantizer]) -> Iterator[None]:
     finally:
         for quantizer in quantizers.values():
             del quantizer.forward
+        for quantizer, forward in own.items():
+            quantizer.forward = forward  # type: ignore[method-assign]
 
 
 def _node_for(name: str, quantizer: Quantizer):
@@ -360,7 +366,13 @@ def _lay_out(use: Use, graph: ir.Graph) -> None:
         node: node.op_type == "Gemm" and index == 1 and node.attributes.get_int("transB", 0) == 1
         for node, index in readers
     }
-    transposes = [n for n in products if n.op_type == "Transpose" and _perm(n) == (1, 0)]
+    transposes = [
+        node
+        for node in products
+        if node.op_type == "Transpose"
+        and tuple(node.attributes.get_ints("perm", ())) == (1, 0)
+        and not node.outputs[0].is_graph_output()
+    ]
     if len(transposes) + sum(products.values()) < len(products):
         if transposes:
             use.note = "one initializer for several layouts: a Transpose is left in the graph"
@@ -374,15 +386,7 @@ def _lay_out(use: Use, graph: ir.Graph) -> None:
     use.transposed = True
     if len(use.blocks) == 2:
         use.blocks = use.blocks[::-1]
-    use.result.shape = None if use.result.shape is None else _reversed(use.result.shape)
-
-
-def _perm(node: ir.Node) -> tuple[int, ...]:
-    return tuple(node.attributes.get_ints("perm", ()))
-
-
-def _reversed(shape: ir.Shape) -> ir.Shape:
-    return type(shape)(list(shape)[::-1])
+    use.result.shape = type(shape)(list(shape)[::-1])
 
 
 def _name_source(use: Use, graph: ir.Graph, names: set[str | None]) -> None:
