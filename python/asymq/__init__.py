@@ -118,6 +118,7 @@ __all__ = [
     "range_parameters",
     "reference",
     "save",
+    "scaling_law",
     "shard",
     "summary",
     "update_codes_",
@@ -130,8 +131,8 @@ integrations.install()
 
 def __getattr__(name: str):
     """What is read when it is asked for: it costs time, or needs transformers."""
-    if name == "reference":
-        return importlib.import_module("asymq.reference")
+    if name in ("reference", "scaling_law"):
+        return importlib.import_module(f"asymq.{name}")
     if name in ("export_checkpoint", "export_encodings", "export_onnx"):
         return getattr(importlib.import_module("asymq.export"), name)
     if name == "QuantConv1D":

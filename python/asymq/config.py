@@ -15,6 +15,16 @@ KINDS = ("weight", "activation", "norm_weight", "input", "cache")
 # Weights with a spec of their own: the embedding tables, and what makes logits of hidden states.
 ROLES = ("embedding", "head")
 AS_WEIGHT: Final = "weight"
+# Of the scaling law: bits of weights (0: float), of inputs, and of the input of the MLP's last layer.
+PRECISIONS: Final = {
+    "W4A4": (4, 4, 4),
+    "W4A16": (4, 0, 0),
+    "W16A4": (0, 4, 4),
+    "W4A4-FC2A8": (4, 4, 8),
+    "W16A4-FC2A8": (0, 4, 8),
+}
+LAST_INPUT: Final = "*down_proj.input_quantizer"
+LEARNED_CLIP = 256  # elements a range, from which on the scaling law's inputs learn one
 
 
 def _matches(pattern: str, name: str, kind: str) -> bool:
@@ -173,6 +183,41 @@ class QuantConfig(Json):
             cache=QuantSpec(cache),
             embedding=of_head,
             head=of_head,
+        )
+
+    @classmethod
+    def scaling_law(cls, precision: str, group: int | Literal["token"]) -> QuantConfig:
+        """What "Scaling Law for Quantization-Aware Training" (arXiv 2505.14302) quantizes: weights
+        and inputs of all linear layers but the head, with live ranges, symmetric with all codes, so
+        that nothing needs calibration.
+
+        precision: such as "W4A4" or "W16A4-FC2A8" (weights in float, inputs 4 bits, that of
+        down_proj 8), a key of `asymq.scaling_law.PAPER_LAWS`. group: how many elements of a row, or
+        of a token, share a range, "token" for whole rows. A range ends at the largest element; the
+        inputs' from 256 elements on at that times a learned factor, which starts at 1.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"QuantConfig.scaling_law: precision must be one of {', '.join(PRECISIONS)}, got "
+                f"{precision!r}"
+            )
+        size = None if group == "token" else group
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 2):
+            raise ValueError(
+                'QuantConfig.scaling_law: group must be an integer of at least 2, or "token", got '
+                f"{group!r}"
+            )
+        weights, inputs, last = PRECISIONS[precision]
+        absmax = QuantSpec(4, symmetric=True, full_range=True, dynamic=True, learn=False)
+        clipped = size is None or size >= LEARNED_CLIP
+        weight = absmax.replace(granularity=PerChannel() if size is None else PerGroup(size))
+        of_input = absmax.replace(granularity=PerToken(size), learn=clipped)
+        return cls(
+            weight if weights else None,
+            input=of_input if inputs else None,
+            embedding=None,
+            head=None,
+            overrides={LAST_INPUT: of_input.replace(bits=last)} if last != inputs else {},
         )
 
     def replace(self, **changes) -> QuantConfig:
