@@ -64,12 +64,13 @@ def need_writable(out: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the lock `path` during the block.
+def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone has the lock `path` during the block; with `wait` it has, once
+    the others have given it back.
 
     The system takes it back when its process ends, however that happens.
     """
-    with _locked(path) as file:
+    with _locked(path, wait) as file:
         if file is None:
             yield False
             return
@@ -80,11 +81,11 @@ def lock(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[io.TextIOWrapper | None]:
+def _locked(path: Path, wait: bool) -> Iterator[io.TextIOWrapper | None]:
     while True:
         with _opened(path) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield None
                 return

@@ -100,3 +100,10 @@ class Processes:
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -6,12 +6,12 @@ as a PNG, its data as CSV, and its section of claims.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from asymq.experiments.common.files import BadInput, as_csv, need_writable, write
 from asymq.experiments.common.pictures import write_figure
+from asymq.experiments.common.processes import processors
 from asymq.experiments.common.words import count
 from asymq.experiments.figures import claims, gradients, losses, plots
 from asymq.experiments.figures.claims import Runs
@@ -65,7 +65,7 @@ def run(names: list[str], out: Path, settings: Settings, table2_folder: Path | N
 def train(experiments: dict[str, Experiment], out: Path, settings: Settings) -> None:
     """Trains the curves of all figures, then writes them."""
     curves = [curve for figure in experiments.values() for curve in figure.curves()]
-    runs, best = run_all(curves, settings.seeds, settings.steps, _processors())
+    runs, best = run_all(curves, settings.seeds, settings.steps, processors())
     for name, figure in experiments.items():
         own = {curve: runs[curve] for curve in figure.curves()}
         of_figure = Runs(figure.names, figure.bits, figure.lrs, own, best)
@@ -86,12 +86,6 @@ def write_figure_of(name: str, figure: Experiment, runs: Runs, out: Path) -> Non
     ]
     verdicts = [judge(claim, runs, steps - 1) for claim in figure.claims]
     write_claims(out, name, lines, verdicts, claims.table(own))
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def runs_csv(runs: Iterable[Run]) -> str:
