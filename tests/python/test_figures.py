@@ -47,7 +47,7 @@ def quick(monkeypatch):
     """Coarse best ranges, and no processes."""
     monkeypatch.setattr(toy_problem, "_ROUNDS", 1)
     monkeypatch.setattr(toy_problem, "_GRID", 7)
-    monkeypatch.setattr(figures, "_processors", lambda: 1)
+    monkeypatch.setattr(figures, "processors", lambda: 1)
 
 
 def trained(*curves, seeds=2, steps=5000):

@@ -298,8 +298,8 @@ def _passes(found: list[Difference]) -> Verdict:
         return min(math.exp(min(behind / faster, 100)) / params, NEVER)
 
     return _decide(
-        f"from some number of tokens a parameter on the weights' part is the larger, at "
-        f"{params:.3g} parameters",
+        "from some number of tokens a parameter on the weights' part is the larger"
+        + (f" (at {params:.3g} parameters)" if sizes else ""),
         own,
         ratio,
         lambda value: "never" if value >= NEVER else f"{value:.3g}",

@@ -130,6 +130,6 @@ def _need_same(out: Path, depends_on: dict, cells: list[Cell]) -> None:
     for cell in cells:
         if there.get(cell.key, cell) != cell:
             raise BadInput(
-                f"{out / RUNS}: has {there[cell.key]}, and {cell} would be the same group once more; "
-                "choose another --out"
+                f"{out / RUNS}: has {there[cell.key]}, and {cell} would be the same group once "
+                "more; choose another --out"
             )
