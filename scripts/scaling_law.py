@@ -146,11 +146,14 @@ def fit(args):
 def run(args):
     import transformers
 
-    from asymq.experiments.scaling_law.run import run
+    from asymq.experiments.scaling_law.fit import fit
+    from asymq.experiments.scaling_law.runs import RUNS
+    from asymq.experiments.scaling_law.sweep import train
 
     transformers.utils.logging.set_verbosity_error()
     chosen = cells.grid(args.sizes, args.tokens, args.groups, args.precisions, args.seeds)
-    run(chosen, options_of(cells.Settings, args), args.out, args.data, args.devices)
+    train(chosen, options_of(cells.Settings, args), args.out, args.data, args.devices)
+    fit(args.out / RUNS, args.out, enough=False)
 
 
 def main(arguments=None):

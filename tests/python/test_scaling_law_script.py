@@ -16,7 +16,7 @@ import pytest
 import torch
 from pictures import assert_picture
 
-from asymq.experiments.scaling_law import cells, claims, corpus, run, runs, tokens, training
+from asymq.experiments.scaling_law import cells, claims, corpus, runs, sweep, tokens, training
 from asymq.scaling_law import PAPER_CHINCHILLA, PAPER_LAWS
 
 ROOT = Path(__file__).parents[2]
@@ -304,7 +304,7 @@ def test_too_few_runs_are_a_table_without_constants(trained):
 
 def test_nothing_runs_twice(trained, text, monkeypatch, capsys):
     before = (trained / "runs.csv").read_bytes()
-    monkeypatch.setattr(run, "Training", None)
+    monkeypatch.setattr(sweep, "Training", None)
     call("run", "--out", trained, "--data", text, *SMALL, "--devices", "cpu")
     assert (trained / "runs.csv").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""Trains cells that a folder does not have yet, then fits what it has.
+"""Trains cells that a folder does not have yet.
 
 What a cell gave is a row of runs.csv; one that was interrupted starts again. Commands with the same
 folder share the cells.
@@ -6,6 +6,7 @@ folder share the cells.
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from asymq.experiments.common.files import BadInput, lock, need_writable, write
 from asymq.experiments.common.processes import Processes, processors
 from asymq.experiments.common.provenance import machine
 from asymq.experiments.common.words import count
-from asymq.experiments.scaling_law import fit, tokens
+from asymq.experiments.scaling_law import tokens
 from asymq.experiments.scaling_law.cells import Cell, Settings, need_trainable
 from asymq.experiments.scaling_law.runs import RUNS, Trained, append, read
 from asymq.experiments.scaling_law.training import Training
@@ -47,6 +48,7 @@ class Work:
             if device.type == "cpu":
                 # So small a model gains nothing by more, and sums are the same on any machine.
                 torch.set_num_threads(1)
+            gc.collect()  # models of earlier cells, which hold themselves in cycles
             training = Training(cell, self.settings, self.tokens, device)
             with Progress(name, training.steps, position=position) as bar:
                 loss, held_out, seconds = training.run(bar.show)
@@ -63,10 +65,10 @@ class Work:
         return self.__dict__ | {"tokens": None}
 
 
-def run(
+def train(
     cells: list[Cell], settings: Settings, out: Path, data: str | None, devices: list[str] | None
 ) -> None:
-    """Trains the cells in their order, then writes what `fit` does into the folder `out`.
+    """Trains the cells in their order.
 
     devices: by default all GPUs, else a process of one thread on each processor.
     BadInput, before anything is trained: something given cannot be used, or the folder is of other
@@ -100,7 +102,6 @@ def run(
         print(f"other commands are at {count(len(other), 'cell')}: {', '.join(map(str, other))}")
     with suppress(OSError):  # other commands have theirs
         (out / "locks").rmdir()
-    fit.fit(out / RUNS, out, enough=False)
 
 
 def finished(out: Path) -> set[Cell]:
