@@ -16,7 +16,16 @@ import pytest
 import torch
 from pictures import assert_picture
 
-from asymq.experiments.scaling_law import cells, claims, corpus, runs, sweep, tokens, training
+from asymq.experiments.scaling_law import (
+    cells,
+    claims,
+    corpus,
+    estimates,
+    runs,
+    sweep,
+    tokens,
+    training,
+)
 from asymq.scaling_law import PAPER_CHINCHILLA, PAPER_LAWS
 
 ROOT = Path(__file__).parents[2]
@@ -175,10 +184,8 @@ def found_in(tmp_path, rows):
 
 
 def judged(found):
-    from asymq.experiments.scaling_law import fit
-
-    estimates = {"W4A4": fit.estimate([run for run in found if run.precision == "W4A4"])}
-    return {v.sentence: v for v in claims.judge(found, estimates)}
+    main = estimates.estimate([run for run in found if run.precision == "W4A4"])
+    return {v.sentence: v for v in claims.judge(found, {"W4A4": main})}
 
 
 def test_claims_of_what_the_law_says(tmp_path):

@@ -12,14 +12,11 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from asymq.experiments.figures.verdict import Verdict
+from asymq.experiments.scaling_law.estimates import Estimate, law_of
 from asymq.experiments.scaling_law.runs import Difference
 from asymq.scaling_law import bootstrap
-
-if TYPE_CHECKING:
-    from asymq.experiments.scaling_law.fit import Estimate
 
 MAIN, WEIGHTS, INPUTS, FC2 = "W4A4", "W4A16", "W16A4", "W4A4-FC2A8"
 FEWEST_CELLS, FEWEST_VALUES, FEWEST_TOKENS = 4, 3, 2.6  # the last: a parameter
@@ -260,8 +257,6 @@ def _last_input(found: list[Difference]) -> Verdict:
 
 def _laws_of_parts(runs: list[Difference]):
     """Of the weights' and the inputs' part."""
-    from asymq.experiments.scaling_law.fit import law_of
-
     grouped = len({run.group for run in runs}) > 1
     return [
         law_of([run for run in runs if run.precision == name], group=grouped).law

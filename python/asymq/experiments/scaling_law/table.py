@@ -6,16 +6,13 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from asymq.experiments.common.words import count
 from asymq.experiments.scaling_law import claims
 from asymq.experiments.scaling_law.cells import FLOAT
+from asymq.experiments.scaling_law.estimates import Estimate, Intervals, estimate
 from asymq.experiments.scaling_law.runs import Difference
 from asymq.scaling_law import PAPER_CHINCHILLA, PAPER_LAWS, Chinchilla, Law
-
-if TYPE_CHECKING:
-    from asymq.experiments.scaling_law.fit import Estimate, Intervals
 
 TABLE = "table.md"
 MANY_TOKENS = 17  # a parameter: the paper's least
@@ -100,8 +97,6 @@ def _constants(found: list[Difference], estimates: dict[str, Estimate]) -> list[
 
 def _variants(name: str, own: list[Difference], at: tuple) -> list[str]:
     """Without D, and of many tokens a parameter alone, where that can be fitted."""
-    from asymq.experiments.scaling_law.fit import estimate
-
     many = [run for run in own if run.tokens / run.params >= MANY_TOKENS]
     lines = []
     for what, runs, tokens in (("without D", own, False), (f"D/N ≥ {MANY_TOKENS}", many, True)):
