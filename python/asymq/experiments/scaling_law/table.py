@@ -88,8 +88,8 @@ def _constants(found: list[Difference], estimates: dict[str, Estimate]) -> list[
         f"δ at N {n:.3g}, D {d:.3g}, G {g:g} |",
         "|" + "---|" * 8,
     ]
-    for name, estimate in estimates.items():
-        lines.append(_estimate(name, estimate, (n, d, g)))
+    for name, own in estimates.items():
+        lines.append(_estimate(name, own, (n, d, g)))
         lines.append(_law(f"paper: {name}", PAPER_LAWS[name], (n, d, g)))
         lines += _variants(name, [run for run in found if run.precision == name], (n, d, g))
     return [*lines, ""]
@@ -108,15 +108,15 @@ def _variants(name: str, own: list[Difference], at: tuple) -> list[str]:
     return lines
 
 
-def _estimate(name: str, estimate: Estimate, at: tuple) -> str:
+def _estimate(name: str, own: Estimate, at: tuple) -> str:
     def shown(key: str, form: str) -> str:
-        value = estimate.fit.error if key == "error" else getattr(estimate.law, key)
-        low, high = estimate.intervals[key]
+        value = own.fit.error if key == "error" else getattr(own.law, key)
+        low, high = own.intervals[key]
         return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
     cells = [shown("k", ".3g"), *(shown(f"gamma_{x}", ".3f") for x in "NDG"), shown("error", ".3f")]
-    runs = f"{estimate.fit.runs} ({estimate.fit.dropped})"
-    return f"| {name} | {' | '.join(cells)} | {runs} | {estimate.law.delta(*at):.4f} |"
+    runs = f"{own.fit.runs} ({own.fit.dropped})"
+    return f"| {name} | {' | '.join(cells)} | {runs} | {own.law.delta(*at):.4f} |"
 
 
 def _law(name: str, law: Law, at: tuple) -> str:
