@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from asymq.experiments.common.command import Parser, add_options, integer, options_of
-from asymq.experiments.common.devices import FAILURES
+from asymq.experiments.common.spread import FAILURES
 from asymq.experiments.scaling_law import cells
 
 COLUMNS = ("precision", "params", "tokens", "group", "delta", "loss", "multiplier")

@@ -57,8 +57,8 @@ from asymq.quantizers import (  # noqa: E402
 )
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
-    SelfDistillation,
     OscillationObserver,
+    SelfDistillation,
     TransitionRateScheduler,
     attach_step_rule,
     capture_step,

@@ -15,7 +15,7 @@ KINDS = ("weight", "activation", "norm_weight", "input", "cache")
 # Weights with a spec of their own: the embedding tables, and what makes logits of hidden states.
 ROLES = ("embedding", "head")
 AS_WEIGHT: Final = "weight"
-# Of the scaling law: bits of weights (0: float), of inputs, and of the input of the MLP's last layer.
+# Of the scaling law: bits of weights (0: float), of inputs, and of the input of down_proj.
 PRECISIONS: Final = {
     "W4A4": (4, 4, 4),
     "W4A16": (4, 0, 0),

@@ -1,5 +1,6 @@
 """What training needs beside the model: parameters for optimizers, step rules, learning rates that
-follow the codes that change, weights that oscillate, a captured step, sharding."""
+follow the codes that change, weights that oscillate, distillation, a captured step,
+sharding."""
 
 from asymq.training.capture import capture_step
 from asymq.training.distillation import SelfDistillation
@@ -16,8 +17,8 @@ from asymq.training.step_rules import attach_step_rule
 from asymq.training.transition_rate import TransitionRateScheduler
 
 __all__ = [
-    "SelfDistillation",
     "OscillationObserver",
+    "SelfDistillation",
     "TransitionRateScheduler",
     "attach_step_rule",
     "capture_step",

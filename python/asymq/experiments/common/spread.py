@@ -41,7 +41,7 @@ def run_all(cells: list, work: Work, devices: list[str]) -> None:
     if len(devices) == 1 or len(cells) < 2:
         run_in_order(cells, work, Processes(devices[0]))
     else:
-        spread(cells, work, devices)
+        spread(cells, work, devices[: len(cells)])
 
 
 def run_in_order(cells: list, work: Work, processes: Processes) -> None:

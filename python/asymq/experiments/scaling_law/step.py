@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from asymq.experiments.common.command import Parser, add_options, integer, options_of
-from asymq.experiments.common.devices import choose_devices
 from asymq.experiments.common.files import BadInput
 from asymq.experiments.common.provenance import header
+from asymq.experiments.common.spread import need_devices
 from asymq.experiments.scaling_law import cells
 from asymq.experiments.scaling_law.tokens import Tokens
 from asymq.experiments.scaling_law.training import Training
@@ -59,7 +59,7 @@ def main() -> None:
     # As many as the warm-up and all spans take.
     count = (args.steps * (SPANS + 1) + 10) * settings.batch * settings.context
     try:
-        device = torch.device(choose_devices(args.device and [args.device])[0])
+        device = torch.device((need_devices(args.device and [args.device]) or ["cpu"])[0])
         if device.type == "cuda":
             torch.cuda.set_device(device)
         chosen = cells.grid(args.sizes, [count], args.groups, args.precisions, [0])

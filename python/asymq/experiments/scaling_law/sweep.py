@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from asymq.experiments.common.command import flag
-from asymq.experiments.common.devices import Progress, choose_devices, spread
 from asymq.experiments.common.files import BadInput, lock, need_writable, write
 from asymq.experiments.common.processes import Processes, processors
 from asymq.experiments.common.provenance import machine
+from asymq.experiments.common.spread import Progress, need_devices, run_all
 from asymq.experiments.common.words import count
 from asymq.experiments.scaling_law import tokens
 from asymq.experiments.scaling_law.cells import Cell, Settings, need_trainable
@@ -74,9 +74,7 @@ def train(
     BadInput, before anything is trained: something given cannot be used, or the folder is of other
     settings.
     """
-    chosen = choose_devices(devices)
-    if devices is None and chosen == ["cpu"]:
-        chosen = chosen * processors()
+    chosen = need_devices(devices) or ["cpu"] * processors()
     text = tokens.read(data)
     need_trainable(cells, settings, len(text.train))
     need_writable(out)
@@ -92,11 +90,7 @@ def train(
     _need_same(out, depends_on, cells)
     write(out / SETTINGS, json.dumps(depends_on, indent=2) + "\n")
     work = Work(data, settings, out, text)
-    if len(chosen) == 1 or len(left) < 2:
-        for number, cell in enumerate(left, 1):
-            work.run(cell, Processes(chosen[0]), f"[{number}/{len(left)}] {cell}")
-    else:
-        spread(left, work, chosen[: len(left)])
+    run_all(left, work, chosen)
     other = [cell for cell in left if cell not in finished(out)]
     if other:
         print(f"other commands are at {count(len(other), 'cell')}: {', '.join(map(str, other))}")
