@@ -144,6 +144,6 @@ def test_golden_of_live_ranges(case, module, dtype, device):
 
 
 def test_all_golden_vectors_are_here():
-    names = [*FUNCTIONS, "dynamic_per_token", "transition_rate"]
+    names = [*FUNCTIONS, "dynamic_per_token", "scaling_law", "train", "transition_rate"]
     assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(names)
     assert len(list(_cases())) == 129 and len(DYNAMIC) == 12

@@ -99,7 +99,7 @@ def trace(
     matrix products are [in, out].
     """
     call = _call(model, example_inputs, what)
-    inputs = _tensors(call.given)
+    inputs = call.inputs
     if dynamic:
         inputs = _not_single(inputs)
     with (
@@ -155,23 +155,26 @@ def trace(
 
 
 class _Call(nn.Module):
-    """A model as a function of tensors alone, which returns tensors alone.
+    """A model as a function of tensors alone, its `inputs` by name, which returns tensors alone.
 
-    given: all arguments, of which the tensors are replaced; by position or by name.
+    given: all arguments, in order; by position or by name.
     """
 
     def __init__(self, model: nn.Module, given: dict[str, Any], by_position: bool):
         super().__init__()
-        self.model, self.given, self.by_position = model, given, by_position
+        self.model, self.names, self.by_position = model, list(given), by_position
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        self.inputs = {name: x.detach().contiguous() for name, x in tensors.items()}
+        self.constants = {name: x for name, x in given.items() if name not in tensors}
         self.returned = _Returned()
         of_transformers = any(True for _ in pretrained_models(model))
         known = "use_cache" in inspect.signature(model.forward).parameters
         self.options = {"use_cache": False} if of_transformers and known else {}
 
     def forward(self, *tensors: Tensor):
-        given = self.given | dict(zip(_tensors(self.given), tensors, strict=True))
+        given = self.constants | dict(zip(self.inputs, tensors, strict=True))
         if self.by_position:
-            result = self.model(*given.values(), **self.options)
+            result = self.model(*(given[name] for name in self.names), **self.options)
         else:
             result = self.model(**given | self.options)
         if isinstance(result, Mapping):
@@ -185,10 +188,6 @@ class _Returned:
     """Beside the module, whose attributes a trace must leave alone."""
 
     name = "output"
-
-
-def _tensors(given: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: x.detach().contiguous() for name, x in given.items() if isinstance(x, Tensor)}
 
 
 def _call(model: nn.Module, example: Any, what: str) -> _Call:
@@ -208,9 +207,10 @@ def _call(model: nn.Module, example: Any, what: str) -> _Call:
             f"{what}: example_inputs must be a tensor, a tuple of positional arguments or a dict "
             f"of keyword arguments, got {type(example).__name__}"
         )
-    if not _tensors(given):
+    call = _Call(model, given, isinstance(example, tuple))
+    if not call.inputs:
         raise ValueError(f"{what}: example_inputs holds no tensor")
-    return _Call(model, given, isinstance(example, tuple))
+    return call
 
 
 def _not_single(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from asymq.experiments.common.verdict import Verdict
 from asymq.experiments.figures.toy_problem import (
     NEAR,
     VARIANTS,
@@ -23,7 +24,7 @@ from asymq.experiments.figures.toy_problem import (
     Run,
     Target,
 )
-from asymq.experiments.figures.verdict import Claim, Missing, Verdict, judge
+from asymq.experiments.figures.verdict import Claim, Missing, judge
 
 SAME = 0.02  # of the span: ends no further apart are at the same place
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import asymq
 from asymq import QuantSpec
 from asymq.experiments.common.files import as_csv
-from asymq.experiments.figures.verdict import Verdict
+from asymq.experiments.common.verdict import Verdict
 
 BITS, LOW, HIGH = 4, -1.1, 1.7
 REGIONS = ("inside", "below", "above")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from asymq.experiments.common.files import write
 from asymq.experiments.common.provenance import header
+from asymq.experiments.common.verdict import Verdict
 from asymq.experiments.figures.definitions import TITLES
-from asymq.experiments.figures.verdict import Verdict
 
 _INTRODUCTION = """\
 # The paper's claims, checked

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from asymq.experiments.common.verdict import Verdict
 from asymq.experiments.figures import STEPS
 
 TOO_SHORT = "not decided: too few steps"
@@ -26,24 +27,6 @@ class Claim:
     sentence: str
     check: Callable[..., tuple[str, bool]]
     steps: int = STEPS
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """holds is None where the claim is not decided; why is then the word for it."""
-
-    sentence: str
-    measured: str
-    holds: bool | None
-    why: str = "not evaluated"
-
-    @property
-    def word(self) -> str:
-        return {True: "holds", False: "does not hold", None: self.why}[self.holds]
-
-    def __str__(self) -> str:
-        """A line of a Markdown table."""
-        return f"| {self.sentence} | {self.measured} | {self.word} |"
 
 
 def judge(claim: Claim, runs, steps: int) -> Verdict:

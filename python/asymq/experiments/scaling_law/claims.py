@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from asymq.experiments.figures.verdict import Verdict
+from asymq.experiments.common.verdict import Verdict
 from asymq.experiments.scaling_law.estimates import Estimate, law_of
 from asymq.experiments.scaling_law.runs import Difference
 from asymq.scaling_law import bootstrap
