@@ -65,7 +65,9 @@ struct ListedRanges {
   /// has no constants.
   ListedRanges(const char* op, const Traits& traits, at::TensorList list, bool token = false);
 
-  RangeTensors tensors() const { return {first, second, min, max}; }
+  /// References to these; of a temporary, they would dangle.
+  RangeTensors tensors() const& { return {first, second, min, max}; }
+  RangeTensors tensors() const&& = delete;
 };
 
 /// A quantizer with one range, or with one of each token, checked.
@@ -75,10 +77,11 @@ struct CheckedQuantizer {
   bool token = false;
   std::optional<int64_t> group = std::nullopt;
 
-  /// For the operators that only quantize. Of a stored range.
-  GranularQuantizer granular() const {
+  /// For the operators that only quantize. Of a stored range. References to these, as above.
+  GranularQuantizer granular() const& {
     return {ranges.tensors(), kind.parameterization, kind.bits, kind.eps};
   }
+  GranularQuantizer granular() const&& = delete;
 };
 
 /// A quantizer before and one after another function.
