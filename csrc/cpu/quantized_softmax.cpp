@@ -19,29 +19,6 @@ using detail::AttentionMask;
 using detail::AttentionShape;
 using detail::MaskRow;
 
-constexpr int kLanes = 16;  // partial results of a row, so that the loops vectorize
-
-/// A reduction over a row in a fixed order, whatever the vector width.
-template <class T, class Combine, class Term>
-T reduce(T first, int64_t n, const Combine& combine, const Term& term) {
-  T lanes[kLanes];
-  std::fill_n(lanes, kLanes, first);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = combine(lanes[lane], term(i + lane));
-  }
-  for (int lane = 0; i + lane < n; ++lane) lanes[lane] = combine(lanes[lane], term(i + lane));
-  T result = first;
-  for (const T lane : lanes) result = combine(result, lane);
-  return result;
-}
-
-template <class T>
-T sum_of(int64_t n, const auto& term) {
-  return reduce(
-      T(0), n, [](T a, T b) { return a + b; }, term);
-}
-
 /// One call of quantized_softmax, or of its backward, on contiguous tensors.
 template <class S>
 struct Softmax {
@@ -86,23 +63,23 @@ struct Softmax {
         }
       }
       T& largest = statistics[2 * index];
-      if (!known) {
-        largest = reduce(
-            kHidden, row.end, [](T a, T b) { return detail::larger(a, b); },
-            [&](int64_t key) { return values[key]; });
-      }
+      if (!known) largest = cpu::largest_run(values, row.end);
       // Nothing is seen where the largest is hidden: any finite number will do in its place.
       const T subtracted = largest == kHidden ? T(0) : largest;
-      for (int64_t key = 0; key < row.end; ++key) values[key] -= subtracted;
-      std::fill(values + row.end, values + shape.keys, kHidden);
+      cpu::subtract_run(values, row.end, subtracted);
+      // Not -infinity, of which exp takes many times as long.
+      for_each_hidden(row, [&](int64_t key) { values[key] = 0; });
+      std::fill(values + row.end, values + shape.keys, T(0));
     }
     at::from_blob(buffer, {(last - first) * shape.keys}, c10::CppTypeToScalarType<T>::value).exp_();
     for (int64_t index = first; index < last; ++index) {
-      const int64_t end = mask.row(shape, index).end;
+      const MaskRow<T> row = mask.row(shape, index);
       T* const values = buffer + (index - first) * shape.keys;
+      for_each_hidden(row, [&](int64_t key) { values[key] = 0; });
+      std::fill(values + row.end, values + shape.keys, T(0));
       T& sum = statistics[2 * index + 1];
-      if (!known) sum = sum_of<T>(end, [&](int64_t key) { return values[key]; });
-      for (int64_t key = 0; sum != 0 && key < end; ++key) values[key] /= sum;
+      if (!known) sum = cpu::sum_run(values, row.end);
+      if (sum != 0) cpu::divide_run(values, row.end, sum);
     }
   }
 
@@ -145,11 +122,7 @@ struct Softmax {
         cpu::backward_long_run(gradient, probability, gradient, row.end, grids.after,
                                needs_probabilities_sums ? &sums[task].after : nullptr);
         if (dscores == nullptr && !needs_scores_sums) continue;
-        const T dot =
-            sum_of<T>(row.end, [&](int64_t key) { return gradient[key] * probability[key]; });
-        for (int64_t key = 0; key < row.end; ++key) {
-          gradient[key] = detail::softmax_gradient(probability[key], gradient[key], dot);
-        }
+        cpu::softmax_gradient_run(probability, gradient, row.end);
         cpu::load(scores + index * keys, values.data(), row.end);
         // A hidden score, which may be NaN, adds to no sum.
         for_each_hidden(row, [&](int64_t key) { gradient[key] = values[key] = 0; });

@@ -3,6 +3,8 @@
 #include <bit>
 #include <limits>
 
+#include "asymq/detail/softmax.h"
+
 // Baseline x86-64 has no vector rounding instruction. Other architectures have one in their
 // baseline, and sanitizers instrument the resolvers that run before they are ready.
 #if defined(__x86_64__) && !defined(ASYMQ_NO_CPU_DISPATCH)
@@ -170,6 +172,54 @@ ASYMQ_HOST_DEVICE Extrema<float> extrema_run_impl(const Half* x, int64_t n,
   return {convert(found.min), convert(found.max)};
 }
 
+constexpr int kLanes = 16;  // partial results of a row, so that the loops vectorize
+
+/// A reduction of term(0) to term(n - 1).
+template <class T, class Combine, class Term>
+ASYMQ_HOST_DEVICE T reduce(T first, int64_t n, const Combine& combine, const Term& term) {
+  T lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = first;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = combine(lanes[lane], term(i + lane));
+  }
+  for (int lane = 0; i + lane < n; ++lane) lanes[lane] = combine(lanes[lane], term(i + lane));
+  T result = first;
+  for (const T lane : lanes) result = combine(result, lane);
+  return result;
+}
+
+template <class T>
+ASYMQ_HOST_DEVICE T largest_run_impl(const T* x, int64_t n) {
+  return reduce(
+      -std::numeric_limits<T>::infinity(), n,
+      [](T a, T b) __attribute__((always_inline)) { return detail::larger(a, b); },
+      [x](int64_t i) __attribute__((always_inline)) { return x[i]; });
+}
+
+template <class T, class Term>
+ASYMQ_HOST_DEVICE T sum_of(int64_t n, const Term& term) {
+  return reduce(
+      T(0), n, [](T a, T b) __attribute__((always_inline)) { return a + b; }, term);
+}
+
+template <class T>
+ASYMQ_HOST_DEVICE T sum_run_impl(const T* x, int64_t n) {
+  return sum_of<T>(
+      n, [x](int64_t i) __attribute__((always_inline)) { return x[i]; });
+}
+
+template <class T>
+ASYMQ_HOST_DEVICE void softmax_gradient_run_impl(const T* probability, T* gradient, int64_t n) {
+  const T dot = sum_of<T>(
+      n, [=](int64_t i) __attribute__((always_inline)) { return gradient[i] * probability[i]; });
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    gradient[i] = detail::softmax_gradient(probability[i], gradient[i], dot);
+  }
+}
+
 }  // namespace
 
 ASYMQ_CPU_DISPATCH void forward_run(const float* x, float* out, int64_t n, Grid<float> grid) {
@@ -244,6 +294,39 @@ ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const c10::BFloat16* x, int64_t n)
 
 ASYMQ_CPU_DISPATCH Extrema<float> extrema_run(const c10::Half* x, int64_t n) {
   return extrema_run_impl(x, n, c10::detail::fp16_ieee_to_fp32_value);
+}
+
+ASYMQ_CPU_DISPATCH float largest_run(const float* x, int64_t n) { return largest_run_impl(x, n); }
+
+ASYMQ_CPU_DISPATCH float sum_run(const float* x, int64_t n) { return sum_run_impl(x, n); }
+
+ASYMQ_CPU_DISPATCH void subtract_run(float* x, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i) x[i] -= value;
+}
+
+ASYMQ_CPU_DISPATCH void divide_run(float* x, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i) x[i] /= value;
+}
+
+ASYMQ_CPU_DISPATCH void softmax_gradient_run(const float* probability, float* gradient, int64_t n) {
+  softmax_gradient_run_impl(probability, gradient, n);
+}
+
+ASYMQ_CPU_DISPATCH double largest_run(const double* x, int64_t n) { return largest_run_impl(x, n); }
+
+ASYMQ_CPU_DISPATCH double sum_run(const double* x, int64_t n) { return sum_run_impl(x, n); }
+
+ASYMQ_CPU_DISPATCH void subtract_run(double* x, int64_t n, double value) {
+  for (int64_t i = 0; i < n; ++i) x[i] -= value;
+}
+
+ASYMQ_CPU_DISPATCH void divide_run(double* x, int64_t n, double value) {
+  for (int64_t i = 0; i < n; ++i) x[i] /= value;
+}
+
+ASYMQ_CPU_DISPATCH void softmax_gradient_run(const double* probability, double* gradient,
+                                             int64_t n) {
+  softmax_gradient_run_impl(probability, gradient, n);
 }
 
 ASYMQ_CPU_DISPATCH void widen(const c10::BFloat16* from, float* to, int64_t n) {

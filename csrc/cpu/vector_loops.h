@@ -72,6 +72,21 @@ Extrema<double> extrema_run(const double* x, int64_t n);
 Extrema<float> extrema_run(const c10::BFloat16* x, int64_t n);
 Extrema<float> extrema_run(const c10::Half* x, int64_t n);
 
+// Of a softmax's row. Sums are in a fixed order, whatever the vector width.
+/// The largest number among n elements; -infinity of none. A NaN is passed over.
+float largest_run(const float* x, int64_t n);
+double largest_run(const double* x, int64_t n);
+float sum_run(const float* x, int64_t n);
+double sum_run(const double* x, int64_t n);
+/// x[i] -= value, x[i] /= value.
+void subtract_run(float* x, int64_t n, float value);
+void subtract_run(double* x, int64_t n, double value);
+void divide_run(float* x, int64_t n, float value);
+void divide_run(double* x, int64_t n, double value);
+/// Gradients of a softmax's output, in place, become those of its input.
+void softmax_gradient_run(const float* probability, float* gradient, int64_t n);
+void softmax_gradient_run(const double* probability, double* gradient, int64_t n);
+
 void widen(const c10::BFloat16* from, float* to, int64_t n);
 void widen(const c10::Half* from, float* to, int64_t n);
 void narrow(const float* from, c10::BFloat16* to, int64_t n);
