@@ -177,12 +177,18 @@ std::vector<at::Tensor> range_parameters(const torch::nn::Module& model) {
   return ranges;
 }
 
-void freeze_weights(torch::nn::Module& model) {
+std::vector<at::Tensor> weight_parameters(const torch::nn::Module& model) {
   std::unordered_set<const c10::TensorImpl*> ranges;
   for (const auto& range : range_parameters(model)) ranges.insert(range.unsafeGetTensorImpl());
+  std::vector<at::Tensor> weights;
   for (const auto& parameter : model.parameters()) {
-    if (!ranges.contains(parameter.unsafeGetTensorImpl())) parameter.requires_grad_(false);
+    if (!ranges.contains(parameter.unsafeGetTensorImpl())) weights.push_back(parameter);
   }
+  return weights;
+}
+
+void freeze_weights(torch::nn::Module& model) {
+  for (const auto& weight : weight_parameters(model)) weight.requires_grad_(false);
 }
 
 }  // namespace asymq::nn

@@ -210,6 +210,8 @@ TEST_P(ModuleTest, GradientsReachWhatLearns) {
       }
       EXPECT_GT(input.grad().abs().sum().item<double>(), 0);
       EXPECT_EQ(asymq::nn::range_parameters(*net).size(), 4 * op.learnable);
+      EXPECT_EQ(asymq::nn::weight_parameters(*net).size(),
+                net->parameters().size() - 4 * op.learnable);
     }
   }
 }

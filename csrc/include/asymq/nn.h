@@ -260,7 +260,10 @@ void set_state(torch::nn::Module& model, QuantizerImpl::State state);
 /// The learned range tensors, for an optimizer.
 std::vector<at::Tensor> range_parameters(const torch::nn::Module& model);
 
-/// Makes all parameters but the range tensors require no gradient.
+/// All parameters but the range tensors, for an optimizer.
+std::vector<at::Tensor> weight_parameters(const torch::nn::Module& model);
+
+/// Makes the weight_parameters require no gradient.
 void freeze_weights(torch::nn::Module& model);
 
 }  // namespace asymq::nn
