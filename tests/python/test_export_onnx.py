@@ -256,6 +256,25 @@ def test_granularities_of_weights(tmp_path):
     assert_runs(model, inputs, path)
 
 
+def test_equal_weights_have_a_name_each(tmp_path):
+    """Those of new norms, and of layers copied."""
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    second.load_state_dict(first.state_dict())
+    layers = {"first": first, "norm": nn.LayerNorm(16), "second": second, "last": nn.LayerNorm(16)}
+    model = nn.Sequential(OrderedDict(layers))
+    asymq.prepare(model, QuantConfig(overrides={"second.weight_quantizer": QuantSpec(5)}))
+    inputs = {"input": torch.randn(3, 16)}
+    asymq.calibrate(model, [inputs["input"]])
+    path = tmp_path / "model.onnx"
+    report = asymq.export_onnx(model, inputs["input"], path)
+    _check_codes(model, report, path)
+    kinds = ("weight", "norm_weight")
+    tensors = {row.name: row.tensor for row in report.rows if row.kind in kinds}
+    assert tensors["second.weight_quantizer"] == "second.weight_quantized"
+    assert all(tensors[f"{name}.weight_quantizer"].startswith(f"{name}.") for name in layers)
+    assert_runs(model, inputs, path)
+
+
 @pytest.mark.parametrize("how", ["inputs", "outputs"])
 def test_layers_of_any_model(how, tmp_path):
     """Inputs of layers, or outputs; a quantizer that is called twice has both its tensors."""

@@ -138,6 +138,7 @@ def trace(
     for value, name in zip(graph.outputs, _names_of_outputs(call, len(graph.outputs)), strict=True):
         value.name = name
     _find_uses(traced, quantizers)
+    _separate(traced, model, what)
     if untie:
         _untie(traced, model, what)
     names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
@@ -333,6 +334,35 @@ def _find_uses(traced: Traced, quantizers: Mapping[str, Quantizer]) -> None:
             graph.remove(node, safe=True)
 
 
+def _separate(traced: Traced, model: nn.Module, what: str) -> None:
+    """Gives each quantizer the constant of its own weight, by name: the exporter makes one of equal
+    weights, such as those of new norms."""
+    sharing: dict[int, list[Use]] = {}
+    for use in traced.uses:
+        if use.is_weight:
+            sharing.setdefault(id(use.source), []).append(use)
+    if all(len(uses) == 1 for uses in sharing.values()):
+        return
+    users = weights_of_quantizers(model, what)
+    for use, *others in sharing.values():
+        if others and use.quantizer in users:
+            use.source.name = users[use.quantizer][0].name
+        for other in others:
+            weights = users.get(other.quantizer)
+            name = weights[0].name if weights else f"{other.name}.weight"
+            other.node.replace_input_with(0, _copy(use.source, name, traced.model.graph))
+
+
+def _copy(constant: ir.Value, name: str, graph: ir.Graph) -> ir.Value:
+    import onnx_ir as ir
+
+    value = ir.Value(
+        name=name, shape=constant.shape, type=constant.type, const_value=constant.const_value
+    )
+    graph.register_initializer(value)
+    return value
+
+
 def _untie(traced: Traced, model: nn.Module, what: str) -> None:
     """Gives each reader of a weight a use and an initializer, called after the layers in turn."""
     import onnx_ir as ir
@@ -342,13 +372,8 @@ def _untie(traced: Traced, model: nn.Module, what: str) -> None:
     for use in [use for use in traced.uses if use.is_weight]:
         names = [weight.name for weight in users.get(use.quantizer, ())]
         for i, (reader, index) in enumerate(list(use.result.uses())[1:], 1):
-            source = ir.Value(
-                name=names[i] if i < len(names) else f"{use.tensor}_{i}",
-                shape=use.source.shape,
-                type=use.source.type,
-                const_value=use.source.const_value,
-            )
-            graph.register_initializer(source)
+            name = names[i] if i < len(names) else f"{use.tensor}_{i}"
+            source = _copy(use.source, name, graph)
             node = ir.node("Quantizer", [source], dict(use.node.attributes), domain=_DOMAIN)
             node.outputs[0].shape, node.outputs[0].type = use.result.shape, use.result.type
             graph.insert_after(use.node, node)
