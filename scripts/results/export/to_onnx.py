@@ -3,8 +3,7 @@
 
 to_onnx.py MODEL --train-text FILE --test-text FILE --out FOLDER [--config table2|w8a8|npu]
 
-MODEL is a folder of transformers. Prints a row of the
-table in scripts/results/export.
+MODEL is a folder of transformers. Prints a row of table.md.
 """
 
 import argparse
