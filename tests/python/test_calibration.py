@@ -398,3 +398,128 @@ def test_other_batches_are_refused_with_a_way_out():
     for batch in ("text", 3, ()):
         with pytest.raises(ValueError, match=r"got .*; a generator makes .*for batch in batches"):
             asymq.calibrate(model, [batch])
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+def spec_of(symmetric=False, bits=4, **options):
+    return QuantSpec(bits, symmetric, parameterization="min_max", **options)
+
+
+def heavy(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) ** 3 + 0.25
+
+
+def calibrated_by(method, spec, *batches, channels=None, **options):
+    quantizer = QuantAct(spec, channels)
+    asymq.calibrate(quantizer, batches, method=method, **options)
+    return quantizer
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_percentiles_are_exact_for_few_values(symmetric):
+    x = heavy(4, 500)
+    quantizer = calibrated_by("percentile", spec_of(symmetric), *x, percentile=97)
+    values = (x.abs() if symmetric else x).double().flatten()
+    expected = torch.quantile(values, torch.tensor([0.03, 0.97], dtype=torch.float64))
+    assert quantizer.max.item() == pytest.approx(expected[1].item(), rel=1e-6)
+    if not symmetric:
+        assert quantizer.min.item() == pytest.approx(expected[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_histograms_are_as_good_as_their_bins(method, symmetric, monkeypatch):
+    """Batches of growing width, far from 0 at first, so that bins merge on the way."""
+    batches = [1 + 1e-3 * heavy(3, 400), heavy(3, 400, seed=1), 50 * heavy(3, 400, seed=2)]
+    spec = spec_of(symmetric, granularity=PerChannel(0))
+    ranges = []
+    for exact in (2**20, 1000):
+        monkeypatch.setattr("asymq.quantizers.observers.EXACT", exact)
+        quantizer = calibrated_by(method, spec, *batches, channels=3, percentile=99)
+        ranges.append(torch.stack([p.detach() for p in quantizer.parameters()]))
+    x = torch.cat(batches, 1)
+    width = x.amax(1) - x.amin(1)
+    # A bin is at most twice as wide as all of them need; a step of mse is 1 % of the range.
+    bound = 2 * width / 8190 if method == "percentile" else 0.011 * width
+    assert ((ranges[0] - ranges[1]).abs() <= bound).all()
+    assert (ranges[0] != ranges[1]).any() or method == "mse"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_mse_has_the_least_error_of_its_candidates(symmetric):
+    x = heavy(5, 300)
+    layer = QuantLinear(300, 5, weight=spec_of(symmetric, granularity=PerChannel()))
+    with torch.no_grad():
+        layer.weight.copy_(x)
+    asymq.calibrate(layer, [torch.randn(2, 300)], weight_method="mse")
+    quantizer = layer.weight_quantizer
+    least = (quantizer(layer.weight) - x).square().sum(1)
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    for a in torch.arange(1, 101) / 100:
+        quantizer.set_range(a * low, a * high)
+        assert (least <= (quantizer(layer.weight) - x).square().sum(1) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+def test_lsq_symmetric(full_range):
+    x = heavy(300)
+    spec = QuantSpec(4, True, parameterization="scale_offset", full_range=full_range)
+    quantizer = calibrated_by("lsq", spec, x[:100], x[100:])
+    assert quantizer.scale.item() == pytest.approx(2 * x.abs().mean().item() / 7**0.5, rel=1e-5)
+
+
+def test_lsq_asymmetric():
+    x = heavy(300)
+    quantizer = calibrated_by("lsq", spec_of(), x[:100], x[100:])
+    mean, reach = x.mean().item(), 3 * x.std(correction=0).item()
+    expected = max(mean - reach, x.min().item()), min(mean + reach, x.max().item())
+    assert ends(quantizer) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["min_max", "percentile", "mse", "lsq"])
+def test_positions_that_do_not_count(method):
+    """As if they were not there, in every tensor that has positions."""
+    model = gpt2()
+    config = QuantConfig(None, spec_of(bits=8), None)
+    asymq.prepare(model, config)
+    batch = tokens(1, 10)
+    asymq.calibrate(model, [batch], method=method)
+    alone = {n: ends(q) for n, q in asymq.named_quantizers(model)}
+    padded = torch.cat([batch, tokens(1, 3, seed=8)], 1)
+    mask = torch.ones_like(padded)
+    mask[:, 10:] = 0
+    asymq.calibrate(model, [{"input_ids": padded, "attention_mask": mask}], method=method)
+    for name, quantizer in asymq.named_quantizers(model):
+        assert ends(quantizer) == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+
+
+def test_first_tokens_do_not_count():
+    x = heavy(2, 6, 3)
+    x[:, :2] *= 100
+    quantizer = calibrated_by("min_max", spec_of(), x, skip_tokens=2)
+    assert ends(quantizer) == (x[:, 2:].min(), x[:, 2:].max())
+    with pytest.warns(UserWarning, match="no data reached"):
+        calibrated_by("min_max", spec_of(), x, skip_tokens=6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "max"}, "method must be one of min_max, percentile, mse, lsq, got 'max'"),
+        ({"weight_method": 3}, "weight_method must be one of"),
+        ({"percentile": 50}, r"percentile must lie in \(50, 100\], got 50"),
+        ({"percentile": 100.5}, r"percentile must lie in"),
+        ({"skip_tokens": -1}, "skip_tokens must be an integer of at least 0, got -1"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    quantizer = QuantAct(spec_of())
+    with pytest.raises(ValueError, match=f"asymq.calibrate: {message}"):
+        asymq.calibrate(quantizer, [torch.randn(3)], **options)
+    assert not quantizer.calibrated

@@ -57,6 +57,13 @@ class QuantAttention(Quantized):
         "context_quantizer",
     )
     kinds: ClassVar[Mapping[str, str]] = {"key_quantizer": "cache", "value_quantizer": "cache"}
+    token_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "query_quantizer": (2,),
+        "key_quantizer": (2,),
+        "value_quantizer": (2,),
+        "scores_quantizer": (2, 3),
+        "probabilities_quantizer": (2, 3),
+    }
     query_quantizer: Quantizer | None
     key_quantizer: Quantizer | None
     value_quantizer: Quantizer | None

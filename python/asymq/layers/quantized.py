@@ -23,12 +23,14 @@ class Quantized(nn.Module):
     """A module with quantizers. Subclasses say which, and what a forward does with them.
 
     sites: the attributes that hold its quantizers, None where a site has none. kinds: those of
-    activation quantizers that are not of kind "activation".
+    activation quantizers that are not of kind "activation". token_axes: of activations whose tokens
+    are not axis 1, the axis of these, and where each of them sees others, of those.
     float_class: the class it had, which `to_float` gives back.
     """
 
     sites: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[Mapping[str, str]] = {}
+    token_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     float_class: ClassVar[type[nn.Module]]
     public: ClassVar[bool] = False
     # Whether its forward may quantize what its layers are given, in one with what comes before.

@@ -9,6 +9,7 @@ from asymq.quantizers.granularity import (
     PerTensor,
     PerToken,
 )
+from asymq.quantizers.observers import EXACT, METHODS, Observer
 from asymq.quantizers.quantizer import (
     OBSERVING,
     OFF,
@@ -27,12 +28,15 @@ from asymq.quantizers.spec import PARAMETERIZATIONS, QuantSpec, split_parameteri
 from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elements
 
 __all__ = [
+    "EXACT",
+    "METHODS",
     "OBSERVING",
     "OFF",
     "PARAMETERIZATIONS",
     "QUANTIZING",
     "Granularity",
     "NormWeightQuantizer",
+    "Observer",
     "PerChannel",
     "PerGroup",
     "PerTensor",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from asymq import ops
 from asymq.quantizers import functions
+from asymq.quantizers.observers import Observer
 from asymq.quantizers.sharing import once, provided, results
 from asymq.quantizers.spec import QuantSpec
 
@@ -38,7 +39,8 @@ QUANTIZING, OBSERVING, OFF = STATES = ("quantizing", "observing", "off")
 class Quantizer(nn.Module):
     """What activations' and weights' quantizers share.
 
-    ``state`` is "quantizing", "observing" (records extrema, passes x on) or "off" (passes x on).
+    ``state`` is "quantizing", "observing" (records extrema, or what `start_observing` is given does
+    with x, passes x on) or "off" (passes x on).
     Quantizing before calibration raises RuntimeError.
     """
 
@@ -66,7 +68,8 @@ class Quantizer(nn.Module):
         self.reached = False
         # How many modules give it one and the same tensor: one forward quantizes that once.
         self.users = 1
-        self._observed: tuple[Tensor, Tensor] | None = None
+        self._observed: Observer | None = None
+        self._observe: Callable[[Tensor], None] | None = None  # instead of that one
         # The prefix under which a state has it last, by which its other names know that.
         self._written_as: str | None = None
         self._create_ranges(spec, shape, device)
@@ -218,13 +221,17 @@ class Quantizer(nn.Module):
         elif shape.numel() == 1:
             ends = torch.aminmax(x)
         else:
-            # Every axis as (ranges along it, elements of one range).
-            sizes = zip(x.shape, shape, strict=True)
-            x = x.reshape([part for n, ranges in sizes for part in (ranges, n // ranges)])
-            within = tuple(range(1, x.dim(), 2))
-            ends = x.amin(within), x.amax(within)
-        low, high = (end.reshape(self.range_shape).to(self.range_dtype) for end in ends)
-        return low, high
+            x, axes = _blocks(x, shape)
+            ends = x.amin(axes[1::2]), x.amax(axes[1::2])
+        return self.of_ranges(*ends)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as [ranges, elements of each], in the order of the ranges."""
+        shape = self.shape_on(x)
+        if shape.numel() == 1:
+            return x.reshape(1, -1)
+        x, axes = _blocks(x, shape)
+        return x.permute(*axes[::2], *axes[1::2]).reshape(shape.numel(), -1)
 
     def scale_offset(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Effective scale s and offset z (None if symmetric) of a stored range, or of the live one
@@ -295,8 +302,7 @@ class Quantizer(nn.Module):
         low, high = bounds
         if spec.symmetric:
             # The grid ends at s·p, the range at s·k/2, in full range at -s·n.
-            lowest, highest = spec.codes
-            high = high * ((-lowest if spec.full_range else spec.steps / 2) / highest)
+            high = high * (spec.end_in_steps / spec.codes[1])
             low = -high
         elif bool(((low > 0) | (high < 0)).any()):
             warnings.warn(
@@ -337,7 +343,7 @@ class Quantizer(nn.Module):
         if not self.reached:
             self._reach()
         if self._state == OBSERVING:
-            self._observe(x)
+            return once(self, self.uses, x, [], self._show) if self.users > 1 else self._show(x)
         return x
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -390,22 +396,29 @@ class Quantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        if x.numel() == 0:
-            return
-        low, high = self.extrema(x)
-        if self._observed is not None:
-            low = torch.minimum(low, self._observed[0])
-            high = torch.maximum(high, self._observed[1])
-        self._observed = low, high
+    def _show(self, x: Tensor) -> Tensor:
+        if self._observe is not None:
+            self._observe(x)
+        else:
+            self._observed = self._observed or Observer(self.spec)
+            self._observed.see(self.rows(x))
+        return x
 
-    def start_observing(self) -> None:
-        self.state, self._observed = OBSERVING, None
+    def start_observing(self, observe: Callable[[Tensor], None] | None = None) -> None:
+        """From now on gives what passes to `observe`, by default records the extrema. What several
+        users give it in one forward counts once."""
+        self.state, self._observe, self._observed = OBSERVING, observe, None
 
     def take_observed(self) -> tuple[Tensor, Tensor] | None:
-        """The extrema seen since start_observing, of the ranges' shape; None: no data."""
-        observed, self._observed = self._observed, None
-        return observed
+        """The extrema recorded since start_observing, of the ranges' shape; None: no data."""
+        extrema = None if self._observed is None else self._observed.extrema()
+        self._observe = self._observed = None
+        return None if extrema is None else self.of_ranges(*extrema)
+
+    def of_ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """One value for each of the `rows`, in the ranges' shape and dtype."""
+        low, high = (end.reshape(self.range_shape).to(self.range_dtype) for end in (low, high))
+        return low, high
 
     def need_whole(self) -> None:
         """RuntimeError where FSDP2 has split the range tensors among processes."""
@@ -488,6 +501,13 @@ class Quantizer(nn.Module):
             return
         self._written_as = prefix
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def _blocks(x: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]]:
+    """Every axis of x as (ranges along it, elements of one range), and the axes."""
+    sizes = zip(x.shape, shape, strict=True)
+    x = x.reshape([part for n, ranges in sizes for part in (ranges, n // ranges)])
+    return x, tuple(range(x.dim()))
 
 
 def _spread(values: Tensor) -> str:

@@ -191,6 +191,11 @@ class QuantSpec(Json):
         return -((k + 1) // 2 if self.full_range else (k - 1) // 2), (k - 1) // 2
 
     @property
+    def end_in_steps(self) -> float:
+        """The end of a symmetric range, in scales."""
+        return -self.codes[0] if self.full_range else self.steps / 2
+
+    @property
     def options(self) -> list[str]:
         """The names of the options that are on."""
         names = ("sigmoid", "dynamic", "fix_min", "full_range")
