@@ -55,6 +55,7 @@ from asymq.quantizers import (  # noqa: E402
     named_quantizers,
     use_functions,
 )
+from asymq.seeing import diagnose  # noqa: E402
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
     OscillationObserver,
@@ -94,6 +95,7 @@ __all__ = [
     "convert",
     "convert_parameterization",
     "dequantize",
+    "diagnose",
     "disable_quantizers",
     "effective_scale_offset",
     "enable_quantizers",

@@ -16,7 +16,7 @@ STOREYS = [
     {"layers"},
     {"training"},
     {"config", "description", "models"},
-    {"preparation", "calibration", "conversion", "checkpoint", "summary"},
+    {"preparation", "calibration", "conversion", "checkpoint", "summary", "seeing"},
     {"export"},
     {"integrations", "scaling_law"},
     {"__init__"},

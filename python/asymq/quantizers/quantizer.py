@@ -244,6 +244,28 @@ class Quantizer(nn.Module):
         )
 
     @torch.no_grad()
+    def grids(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x as rows that have a grid each, with their effective scale and offset (None if
+        symmetric), both [rows, 1]; of each token's range, too."""
+        if not self.spec.granularity.of_tokens:
+            scale, offset = self.scale_offset(x)
+            return (
+                self.rows(x),
+                scale.reshape(-1, 1),
+                None if offset is None else offset.reshape(-1, 1),
+            )
+        options = dict(self._options)
+        rows = x.reshape(-1, options.pop("group") or x.shape[-1])
+        low, high = (end.to(self.range_dtype) for end in torch.aminmax(rows, dim=1, keepdim=True))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        factors = (factor.repeat(len(rows) // len(factor))[:, None] for factor in self.arguments())
+        live = (torch.maximum(-low, high),) if self.spec.symmetric else (low, high)
+        scale, offset = ops.effective_scale_offset(
+            self.spec.parameterization, *factors, *live, symmetric=self.spec.symmetric, **options
+        )
+        return rows, scale, offset
+
+    @torch.no_grad()
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The ends of the grid of a stored range, s·n and s·p, in float64."""
         scale, offset = self.scale_offset()
