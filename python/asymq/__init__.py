@@ -55,7 +55,7 @@ from asymq.quantizers import (  # noqa: E402
     named_quantizers,
     use_functions,
 )
-from asymq.seeing import diagnose  # noqa: E402
+from asymq.seeing import RangeLogger, diagnose, plot_ranges  # noqa: E402
 from asymq.summary import summary  # noqa: E402
 from asymq.training import (  # noqa: E402
     OscillationObserver,
@@ -86,6 +86,7 @@ __all__ = [
     "QuantLinear",
     "QuantRMSNorm",
     "QuantSpec",
+    "RangeLogger",
     "SelfDistillation",
     "TransitionRateScheduler",
     "__version__",
@@ -115,6 +116,7 @@ __all__ = [
     "freeze_weights",
     "load",
     "named_quantizers",
+    "plot_ranges",
     "prepare",
     "quantize",
     "range_parameters",

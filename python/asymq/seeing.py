@@ -1,9 +1,12 @@
-"""What quantizers do to a model: `diagnose`."""
+"""What quantizers do to a model, and how their ranges move: `diagnose`, `RangeLogger` and
+`plot_ranges`."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,3 +187,111 @@ def _cells(row: Diagnosed) -> tuple[str, ...]:
     cells = [row.name, row.kind, str(row.bits), f"{row.sqnr_db:.1f}"]
     cells += [f"{row.clipped:.2%}", f"{row.used_levels:.1%}"]
     return (*cells, *([] if row.loss_increase is None else [f"{row.loss_increase:+.4f}"]))
+
+
+# ---- ranges while they learn ---------------------------------------------------------------------
+
+
+class RangeLogger:
+    """Logs the ranges of a model while they learn.
+
+        logger = asymq.RangeLogger(model, SummaryWriter())
+        ...
+        loss.backward()
+        logger.step(n)  # before zero_grad: gradients are logged, too
+
+    log: a SummaryWriter (what has add_scalar), or called with a dict of numbers and the step.
+    every: steps from one entry to the next.
+
+    "range/<name>/low" and "/high": the outermost ends of a quantizer, of a dynamic one its largest
+    factors by name. "collapsed/<kind>": share of the ranges that have collapsed (`summary`).
+    "range_gradient/<kind>": norm of the gradients of all ranges of a kind, while there are some.
+    Ranges that are not set are left out.
+
+    ValueError: no quantizer; `every` below 1. TypeError: a log that is neither.
+    """
+
+    def __init__(self, model: nn.Module, log: Any, every: int = 100):
+        what = "asymq.RangeLogger"
+        self._quantizers = list(named_quantizers(unwrap(model)))
+        if not self._quantizers:
+            raise ValueError(f"{what}: the model has no quantizers; call asymq.prepare first")
+        if every < 1:
+            raise ValueError(f"{what}: every must be at least 1, got {every}")
+        if not hasattr(log, "add_scalar") and not callable(log):
+            raise TypeError(
+                f"{what}: log must have add_scalar or be callable, got {type(log).__name__}"
+            )
+        self._log, self._every = log, every
+
+    @torch.no_grad()
+    def step(self, n: int) -> None:
+        """Logs step n, a multiple of `every`: one transfer from the device."""
+        if n % self._every:
+            return
+        tensors: dict[str, Tensor] = {}
+        collapsed: defaultdict[str, list[Tensor]] = defaultdict(list)
+        gradients: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for name, quantizer in self._quantizers:
+            grads = [p.grad for p in quantizer.parameters(recurse=False) if p.grad is not None]
+            gradients[quantizer.kind] += [torch.linalg.vector_norm(grad) for grad in grads]
+            if quantizer.live:
+                for factor in quantizer.learned:
+                    tensors[f"range/{name}/{factor}"] = getattr(quantizer, factor).amax()
+            elif quantizer.calibrated:
+                low, high = quantizer.bounds()
+                tensors |= {f"range/{name}/low": low.amin(), f"range/{name}/high": high.amax()}
+            found = quantizer.collapsed()
+            if found is not None:
+                collapsed[quantizer.kind].append(found.flatten())
+        device = self._quantizers[0][1].device
+        for kind, parts in collapsed.items():
+            tensors[f"collapsed/{kind}"] = torch.cat([p.to(device) for p in parts]).double().mean()
+        for kind, norms in gradients.items():
+            if norms:
+                norm = torch.linalg.vector_norm(torch.stack([x.to(device) for x in norms]))
+                tensors[f"range_gradient/{kind}"] = norm
+        if not tensors:
+            return
+        values = torch.stack([x.to(device, torch.float64) for x in tensors.values()]).tolist()
+        numbers = dict(zip(tensors, values, strict=True))
+        if hasattr(self._log, "add_scalar"):
+            for key, value in numbers.items():
+                self._log.add_scalar(key, value, n)
+        else:
+            self._log(numbers, n)
+
+
+def plot_ranges(model: nn.Module, path: str | Path) -> None:
+    """Draws the outermost ends of every stored range, in the model's order, one picture for each
+    kind, beside those that calibration gave it. path: of the file, whose suffix is its format
+    (.png, .svg, .pdf).
+
+    RuntimeError: there is no range that is stored and set. ImportError: there is no matplotlib.
+    """
+    by_kind: defaultdict[str, list[Quantizer]] = defaultdict(list)
+    for _, quantizer in named_quantizers(unwrap(model)):
+        if quantizer.calibrated and not quantizer.live:
+            by_kind[quantizer.kind].append(quantizer)
+    if not by_kind:
+        raise RuntimeError(
+            "asymq.plot_ranges: there is no stored range that is set; calibrate the model first "
+            "(asymq.calibrate); dynamic ranges have no ends of their own"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("asymq.plot_ranges needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(8, 3 * len(by_kind)), layout="constrained")
+    axes = figure.subplots(len(by_kind), squeeze=False)[:, 0]
+    for axis, (kind, quantizers) in zip(axes, by_kind.items(), strict=True):
+        for initial, label, style in ((True, "calibrated", "k_"), (False, "now", "C0.")):
+            ends = [
+                torch.stack([low.amin(), high.amax()]).cpu()
+                for low, high in (quantizer.bounds(initial) for quantizer in quantizers)
+            ]
+            for i, values in enumerate(torch.stack(ends, 1).tolist()):
+                axis.plot(values, style, label=None if i else label)
+        axis.set(title=kind, xlabel="quantizer, in the model's order", ylabel="ends of the range")
+        axis.legend()
+    figure.savefig(path)

@@ -95,3 +95,67 @@ def test_what_cannot_be_diagnosed():
     with pytest.raises(ValueError, match="needs labels"):
         asymq.diagnose(quantizer, torch.randn(2), loss=True)
     assert quantizer.state == "quantizing"
+
+
+# ---- ranges while they learn ---------------------------------------------------------------------
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+
+def test_what_is_logged():
+    model = nn.Sequential(
+        ranged(QuantSpec(8, parameterization="min_max"), -1.0, 2.0),
+        QuantAct(QuantSpec(dynamic=True)),
+        QuantAct(QuantSpec()),  # not set
+    )
+    model[2].state = "off"
+    entries, writer = [], Writer()
+    loggers = [
+        asymq.RangeLogger(model, log, every=2)
+        for log in (lambda numbers, n: entries.append((numbers, n)), writer)
+    ]
+    model(torch.linspace(-3, 3, 50)).square().sum().backward()
+    for n in range(3):
+        for logger in loggers:
+            logger.step(n)
+    assert [n for _, n in entries] == [0, 2]
+    numbers = entries[0][0]
+    low, high = model[0].bounds()
+    assert numbers["range/0/low"] == low.item() and numbers["range/0/high"] == high.item()
+    assert numbers["range/1/beta"] == 1 and numbers["collapsed/activation"] == 0
+    squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
+    expected = torch.stack(squares).sum().sqrt().item()
+    assert numbers["range_gradient/activation"] == pytest.approx(expected, rel=1e-5)
+    assert not any("/2/" in name for name in numbers)
+    assert writer.scalars == {(k, n): v for numbers, n in entries for k, v in numbers.items()}
+
+
+def test_what_cannot_be_logged():
+    quantizer = ranged(QuantSpec(), -1.0, 1.0)
+    with pytest.raises(ValueError, match="no quantizers"):
+        asymq.RangeLogger(nn.Linear(2, 2), print)
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        asymq.RangeLogger(quantizer, print, every=0)
+    with pytest.raises(TypeError, match="log must have add_scalar or be callable, got int"):
+        asymq.RangeLogger(quantizer, 3)
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(ranged(QuantSpec(), -1.0, 2.0), QuantAct(QuantSpec(dynamic=True)))
+    before = model[0].bounds()
+    with torch.no_grad():
+        model[0].gamma.mul_(2)
+    assert [end.item() for end in model[0].bounds(initial=True)] == [end.item() for end in before]
+    assert model[0].bounds()[1] > 1.9 * before[1]
+    asymq.plot_ranges(model, tmp_path / "ranges.svg")
+    assert "<svg" in (tmp_path / "ranges.svg").read_text()
+    with pytest.raises(RuntimeError, match="no stored range that is set"):
+        asymq.plot_ranges(model[1], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()

@@ -266,9 +266,17 @@ class Quantizer(nn.Module):
         return rows, scale, offset
 
     @torch.no_grad()
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """The ends of the grid of a stored range, s·n and s·p, in float64."""
-        scale, offset = self.scale_offset()
+    def bounds(self, initial: bool = False) -> tuple[Tensor, Tensor]:
+        """The ends of the grid of a stored range, s·n and s·p, in float64; initial: with the first
+        values of what is learned."""
+        tensors = self.range_tensors()
+        ranges = [
+            tensors.get(f"initial_{name}", tensors[name]) if initial else tensors[name]
+            for name in self._arguments
+        ]
+        scale, offset = ops.effective_scale_offset(
+            self.spec.parameterization, *ranges, symmetric=self.spec.symmetric, **self._options
+        )
         scale = scale.double()
         if offset is None:
             lowest, highest = self.spec.codes
