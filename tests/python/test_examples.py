@@ -167,6 +167,22 @@ def test_onnx_export(tmp_path, monkeypatch, capsys):
     assert float(equal) > 90 and float(largest) < 0.1, output
 
 
+def test_attention(tmp_path):
+    prefix = subprocess.check_output(
+        [sys.executable, "-m", "asymq", "--cmake-prefix-path"], text=True
+    ).strip()
+    configure = ["cmake", "-S", EXAMPLES / "attention", "-B", tmp_path]
+    options = [f"-DCMAKE_PREFIX_PATH={prefix}", f"-DPython3_EXECUTABLE={sys.executable}"]
+    for command in (
+        [*configure, "-DCMAKE_BUILD_TYPE=Release", *options],
+        ["cmake", "--build", tmp_path],
+        [tmp_path / "attention"],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert_falls(result.stdout, "loss")
+
+
 def test_examples_are_short_and_tested():
     tests = Path(__file__).read_text()
     for path in EXAMPLES.iterdir():
