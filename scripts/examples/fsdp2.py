@@ -55,4 +55,3 @@ while step < args.steps:
             break
 asymq.save(model, args.out)  # every process calls it; the first one writes
 accelerator.end_training()
-torch.distributed.destroy_process_group()

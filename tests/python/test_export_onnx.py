@@ -166,7 +166,7 @@ def test_language_models(case, tmp_path):
             assert (y != expected).float().mean() <= (0.01 if few == 1 else 0.1)
 
 
-def _check_codes(model, report, path):
+def _check_codes(model, report, path, least=6):
     """The integers in the file are those of asymq.quantize, each under its parameter's name."""
     held = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
     parameters = dict(model.named_parameters())
@@ -190,7 +190,7 @@ def _check_codes(model, report, path):
         assert held[row.tensor].data_type == getattr(onnx.TensorProto, row.container.upper())
         assert name not in held
         found += 1
-    assert found > 5
+    assert found >= least
 
 
 # ---- other models --------------------------------------------------------------------------------
@@ -256,22 +256,25 @@ def test_granularities_of_weights(tmp_path):
     assert_runs(model, inputs, path)
 
 
-def test_equal_weights_have_a_name_each(tmp_path):
+@pytest.mark.parametrize("others", [None, QuantSpec(4)], ids=["float", "quantized"])
+def test_equal_weights_have_a_name_each(others, tmp_path):
     """Those of new norms, and of layers copied."""
     first, second = nn.Linear(16, 16), nn.Linear(16, 16)
     second.load_state_dict(first.state_dict())
     layers = {"first": first, "norm": nn.LayerNorm(16), "second": second, "last": nn.LayerNorm(16)}
     model = nn.Sequential(OrderedDict(layers))
-    asymq.prepare(model, QuantConfig(overrides={"second.weight_quantizer": QuantSpec(5)}))
+    overrides = {"second.weight_quantizer": QuantSpec(5)}
+    asymq.prepare(model, QuantConfig(others, None, others, overrides=overrides))
     inputs = {"input": torch.randn(3, 16)}
     asymq.calibrate(model, [inputs["input"]])
     path = tmp_path / "model.onnx"
     report = asymq.export_onnx(model, inputs["input"], path)
-    _check_codes(model, report, path)
+    _check_codes(model, report, path, least=1 if others is None else 4)
     kinds = ("weight", "norm_weight")
     tensors = {row.name: row.tensor for row in report.rows if row.kind in kinds}
     assert tensors["second.weight_quantizer"] == "second.weight_quantized"
-    assert all(tensors[f"{name}.weight_quantizer"].startswith(f"{name}.") for name in layers)
+    assert all(tensor.startswith(name.split(".")[0]) for name, tensor in tensors.items())
+    assert len(tensors) == (1 if others is None else 4)
     assert_runs(model, inputs, path)
 
 

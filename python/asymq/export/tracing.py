@@ -337,20 +337,13 @@ def _find_uses(traced: Traced, quantizers: Mapping[str, Quantizer]) -> None:
 def _separate(traced: Traced, model: nn.Module, what: str) -> None:
     """Gives each quantizer the constant of its own weight, by name: the exporter makes one of equal
     weights, such as those of new norms."""
-    sharing: dict[int, list[Use]] = {}
-    for use in traced.uses:
-        if use.is_weight:
-            sharing.setdefault(id(use.source), []).append(use)
-    if all(len(uses) == 1 for uses in sharing.values()):
-        return
     users = weights_of_quantizers(model, what)
-    for use, *others in sharing.values():
-        if others and use.quantizer in users:
-            use.source.name = users[use.quantizer][0].name
-        for other in others:
-            weights = users.get(other.quantizer)
-            name = weights[0].name if weights else f"{other.name}.weight"
-            other.node.replace_input_with(0, _copy(use.source, name, traced.model.graph))
+    taken = set()
+    for use in [use for use in traced.uses if use.is_weight]:
+        names = [weight.name for weight in users.get(use.quantizer, ())] or [f"{use.name}.weight"]
+        if id(use.source) in taken or (use.quantizer in users and use.tensor not in names):
+            use.node.replace_input_with(0, _copy(use.source, names[0], traced.model.graph))
+        taken.add(id(use.source))
 
 
 def _copy(constant: ir.Value, name: str, graph: ir.Graph) -> ir.Value:
