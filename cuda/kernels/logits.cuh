@@ -71,6 +71,26 @@ struct SumOfExponentials {
   }
 };
 
+/// A thread's sums over a row: in T for as many vectors as float sums may take, then in double.
+template <class T>
+struct RowSums {
+  Sums<double> total{};
+  Sums<T> partial{};
+  int vectors = 0;
+
+  /// Of `pieces` more vectors all terms are in `partial`.
+  __device__ __forceinline__ void end_of(int pieces) {
+    vectors += pieces;
+    if (vectors >= kVectorsPerSum) flush();
+  }
+
+  __device__ __forceinline__ void flush() {
+    add(total, partial);
+    partial = {};
+    vectors = 0;
+  }
+};
+
 /// Of the whole block's; thread 0 receives the result.
 template <class State>
 __device__ __forceinline__ State reduce_block(State state) {

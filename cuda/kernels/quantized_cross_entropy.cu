@@ -72,18 +72,15 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
   const bool ignored = label == op.ignore_index;
   const T g = op.is_class(label) ? grad[index] : T(NAN);
   const T largest = statistics[2 * index], log_sum = statistics[2 * index + 1];
-  Sums<double> sums{};
+  RowSums<T> sums;
   const auto grid = make_block_grid<T>(quantizer.kind, quantizer.ranges, 0);
   with_fast_division(grid, [&](const auto& fast) {
-    // Of as many vectors as float sums may take.
-    Sums<T> partial{};
-    int added = 0;
     const auto element = [&](S raw, int offset) {
       const T x = widen(raw);
       const T probability = exp(fake_quantize_element(x, fast) - largest - log_sum);
       const T gradient = g * (probability - (offset == label ? T(1) : T(0)));
       const auto term = fake_quantize_element_backward(ignored ? T(0) : gradient, x, fast);
-      add(partial, term);
+      add(sums.partial, term);
       return narrow<S>(term.x);
     };
     for_each_piece<kCount, kUnroll>(
@@ -104,22 +101,16 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
             }
             if (to != nullptr) store_vector(to + first, values[u]);
           }
-          added += kPieces;
-          if (added >= kVectorsPerSum) {
-            add(sums, partial);
-            partial = {};
-            added = 0;
-          }
+          sums.end_of(kPieces);
         },
         [&](int offset) {
           const S value = element(row[offset], offset);
           if (to != nullptr) to[offset] = value;
-          add(sums, partial);
-          partial = {};
+          sums.flush();
         });
-    add(sums, partial);
+    sums.flush();
   });
-  store_block_sums<kLossThreads>(gradients, sums);
+  store_block_sums<kLossThreads>(gradients, sums.total);
 }
 
 }  // namespace

@@ -140,18 +140,15 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
   const T* const of_row = statistics + 4 * index;
   const T largest = of_row[0], log_sum = of_row[1];
   const T teacher_largest = of_row[2], teacher_log_sum = of_row[3];
-  Sums<double> sums{};
+  RowSums<T> sums;
   const auto grid = make_block_grid<T>(quantizer.kind, quantizer.ranges, 0);
   with_fast_division(grid, [&](const auto& fast) {
-    // Of as many vectors as float sums may take.
-    Sums<T> partial{};
-    int added = 0;
     const auto element = [&](S raw, S raw_teacher) {
       const T x = widen(raw);
       const T q = exp(fake_quantize_element(x, fast) * inverse - largest - log_sum);
       const T p = exp(widen(raw_teacher) * inverse - teacher_largest - teacher_log_sum);
       const auto term = fake_quantize_element_backward(ignored ? T(0) : g * (q - p), x, fast);
-      add(partial, term);
+      add(sums.partial, term);
       return narrow<S>(term.x);
     };
     for_each_piece<kCount, kUnroll>(
@@ -174,22 +171,16 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
               store_vector(to + offset + u * kLossThreads * kCount, values[u]);
             }
           }
-          added += kPieces;
-          if (added >= kVectorsPerSum) {
-            add(sums, partial);
-            partial = {};
-            added = 0;
-          }
+          sums.end_of(kPieces);
         },
         [&](int offset) {
           const S value = element(row[offset], teacher[offset]);
           if (to != nullptr) to[offset] = value;
-          add(sums, partial);
-          partial = {};
+          sums.flush();
         });
-    add(sums, partial);
+    sums.flush();
   });
-  store_block_sums<kLossThreads>(gradients, sums);
+  store_block_sums<kLossThreads>(gradients, sums.total);
 }
 
 }  // namespace

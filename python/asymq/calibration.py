@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -86,31 +86,18 @@ def calibrate(
     for _, quantizer in quantizers:
         quantizer.need_whole()
 
-    def observer(quantizer: Quantizer, name: str) -> Observer:
+    def observer(quantizer: Quantizer) -> Observer:
         # The weights of a trained norm lie around 1: zero would cost them most of their range.
         zero = force_zero and quantizer.kind != "norm_weight"
+        name = method if isinstance(quantizer, QuantAct) else weight_method
         return METHODS[name](quantizer.spec, zero, percentile)
 
     with torch.no_grad(), _undone_on_error(model, quantizers), evaluating(model):
         for root in _roots(model):
             root.expect_reached = False  # calibration itself says what its batches did not reach
-        without_width = []
-        for quantizer, weight in _weights(model):
-            if weight.numel() == 0:
-                quantizer.set_range_of_data(*quantizer.extrema(weight), force_zero)
-                without_width.append(quantizer.label)
-                continue
-            parts = [
-                (observer(quantizer, weight_method), rows) for rows in _parts(quantizer, weight)
-            ]
-            for part, rows in parts:
-                part.see(rows)
-            if not _set_range(quantizer, [part for part, _ in parts]):
-                without_width.append(quantizer.label)
+        without_width = _calibrate_weights(model, observer, force_zero)
         observing = [
-            (n, q, observer(q, method))
-            for n, q in quantizers
-            if isinstance(q, QuantAct) and not q.live
+            (n, q, observer(q)) for n, q in quantizers if isinstance(q, QuantAct) and not q.live
         ]
         for _, quantizer in quantizers:
             quantizer.reached = False
@@ -164,6 +151,25 @@ def _warn(model: nn.Module, unseen: list[str], without_width: list[str]) -> None
             stacklevel=3,
         )
     warn_of_unreached(model, "calibration", besides=unseen)
+
+
+def _calibrate_weights(
+    model: nn.Module, observer: Callable[[Quantizer], Observer], force_zero: bool
+) -> list[str]:
+    """Names of the weights' quantizers whose weight has no width."""
+    without_width = []
+    for quantizer, weight in _weights(model):
+        if weight.numel() == 0:
+            quantizer.set_range_of_data(*quantizer.extrema(weight), force_zero)
+            without_width.append(quantizer.label)
+            continue
+        observers = []
+        for rows in _parts(quantizer, weight):
+            observers.append(observer(quantizer))
+            observers[-1].see(rows)
+        if not _set_range(quantizer, observers):
+            without_width.append(quantizer.label)
+    return without_width
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:

@@ -26,6 +26,17 @@ class FusedTest : public DeviceTest {
                                  {"beta_gamma", {beta, gamma, low, high}, 8});
   }
 
+  /// Of both for the same random upstream gradient, to `terms` times the error of its sum.
+  static void expect_same_gradients(const Tensor& got, const Tensor& want, const Tensors& leaves,
+                                    double terms = 1) {
+    const Tensor grad = at::randn_like(got);
+    const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
+    const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
+    for (size_t i = 0; i < grads.size(); ++i) {
+      EXPECT_TRUE(close(grads[i], expected[i], terms * grad.abs().sum(), 1e-6)) << i;
+    }
+  }
+
   Tensor x, min, max, beta, gamma, low, high;
 };
 ASYMQ_ON_EVERY_DEVICE(FusedTest);
@@ -37,13 +48,7 @@ TEST_P(FusedTest, GeluEqualsTheComposition) {
   // One step of the grid where a quotient lies on a tie.
   EXPECT_LE((got - want).abs().max().item<float>(), 2.0f / 255);
   EXPECT_LE(at::count_nonzero(got - want).item<int64_t>(), 1);
-  const Tensor grad = at::randn({6, 41}).to(device());
-  const Tensors leaves{x, min, max, beta, gamma};
-  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
-  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
-  for (size_t i = 0; i < grads.size(); ++i) {
-    EXPECT_TRUE(close(grads[i], expected[i], grad.abs().sum(), 1e-6)) << i;
-  }
+  expect_same_gradients(got, want, {x, min, max, beta, gamma});
 }
 
 TEST_P(FusedTest, CrossEntropyEqualsTheComposition) {
@@ -54,13 +59,7 @@ TEST_P(FusedTest, CrossEntropyEqualsTheComposition) {
   const Tensor got = asymq::quantized_cross_entropy(x, labels, {"min_max", {min, max}, 8});
   EXPECT_TRUE(close(got, want, want.abs().max()));
   EXPECT_EQ(got[2].item<float>(), 0);
-  const Tensor grad = at::randn({6}).to(device());
-  const Tensors leaves{x, min, max};
-  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
-  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
-  for (size_t i = 0; i < grads.size(); ++i) {
-    EXPECT_TRUE(close(grads[i], expected[i], grad.abs().sum(), 1e-6)) << i;
-  }
+  expect_same_gradients(got, want, {x, min, max});
 }
 
 TEST_P(FusedTest, RmsNormEqualsTheComposition) {
@@ -75,13 +74,7 @@ TEST_P(FusedTest, RmsNormEqualsTheComposition) {
   const Tensor got = asymq::quantized_rms_norm(values, weight, token, 1e-5);
   EXPECT_LE((got - want).abs().max().item<float>(), raw.abs().max().item<float>() / 100);
   EXPECT_LE(at::count_nonzero((got - want).abs() > 1e-5).item<int64_t>(), 1);
-  const Tensor grad = at::randn({6, 64}).to(device());
-  const Tensors leaves{values, weight, beta, gamma};
-  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
-  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
-  for (size_t i = 0; i < grads.size(); ++i) {
-    EXPECT_TRUE(close(grads[i], expected[i], 4 * grad.abs().sum(), 1e-6)) << i;
-  }
+  expect_same_gradients(got, want, {values, weight, beta, gamma}, 4);
   const Tensor plain = asymq::quantized_rms_norm(values, weight, {}, 1e-5);
   EXPECT_TRUE(close(plain, raw, raw.abs().max(), 1e-6));
 }
@@ -96,13 +89,7 @@ TEST_P(FusedTest, GluEqualsTheComposition) {
                                           RangeArguments{"min_max", ends, 8});
   EXPECT_LE((got - want).abs().max().item<float>(), 2.0f / 255);
   EXPECT_LE(at::count_nonzero((got - want).abs() > 1e-5).item<int64_t>(), 1);
-  const Tensor grad = at::randn({6, 41}).to(device());
-  const Tensors leaves{x, up, min, max, beta, gamma};
-  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
-  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
-  for (size_t i = 0; i < grads.size(); ++i) {
-    EXPECT_TRUE(close(grads[i], expected[i], 4 * grad.abs().sum(), 1e-6)) << i;
-  }
+  expect_same_gradients(got, want, {x, up, min, max, beta, gamma}, 4);
 }
 
 TEST_P(FusedTest, KlDivEqualsTheComposition) {
@@ -119,13 +106,7 @@ TEST_P(FusedTest, KlDivEqualsTheComposition) {
   const Tensor got =
       asymq::quantized_kl_div(x, teacher, {"min_max", {min, max}, 8}, labels, temperature);
   EXPECT_TRUE(close(got, want, want.abs().max()));
-  const Tensor grad = at::randn({6}).to(device());
-  const Tensors leaves{x, min, max};
-  const Tensors grads = torch::autograd::grad({got}, leaves, {grad});
-  const Tensors expected = torch::autograd::grad({want}, leaves, {grad});
-  for (size_t i = 0; i < grads.size(); ++i) {
-    EXPECT_TRUE(close(grads[i], expected[i], grad.abs().sum(), 1e-6)) << i;
-  }
+  expect_same_gradients(got, want, {x, min, max});
 }
 
 TEST_P(FusedTest, Errors) {

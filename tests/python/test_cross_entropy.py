@@ -17,6 +17,7 @@ from fused import (
     close,
     fake_quantize,
     flat,
+    in_layout,
     learned,
     moved,
     named,
@@ -64,12 +65,7 @@ CASES = [
 
 def inputs(case: Case, device):
     rows, classes = case.shape
-    if case.layout == "transposed":
-        logits = torch.randn(classes, rows, device=device).t()
-    elif case.layout == "offset":
-        logits = torch.randn(rows * classes + 1, device=device)[1:].view(case.shape)
-    else:
-        logits = torch.randn(case.shape, device=device)
+    logits = in_layout(case.layout, case.shape, device)
     labels = torch.randint(classes, (rows,), device=device)
     if rows > 1:
         labels[rows // 2] = case.ignore_index

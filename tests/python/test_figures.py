@@ -32,14 +32,7 @@ from asymq.experiments.figures.toy_problem import Curve, Data, Run, Target, best
 ROOT = Path(__file__).parents[2]
 main = runpy.run_path(str(ROOT / "scripts" / "figures.py"))["main"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small gain nothing by more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from fused import (
     close,
     fake_quantize,
     flat,
+    in_layout,
     learned,
     moved,
     opcheck_private,
@@ -74,13 +75,7 @@ def inputs(case: Case, device):
     rows, classes = case.shape
 
     def make() -> Tensor:
-        if case.layout == "transposed":
-            logits = torch.randn(classes, rows, device=device).t()
-        elif case.layout == "offset":
-            logits = torch.randn(rows * classes + 1, device=device)[1:].view(case.shape)
-        else:
-            logits = torch.randn(case.shape, device=device)
-        return (3 * logits).to(case.dtype).detach()
+        return (3 * in_layout(case.layout, case.shape, device)).to(case.dtype).detach()
 
     labels = torch.randint(classes, (rows,), device=device)
     if rows > 1:

@@ -39,16 +39,9 @@ from asymq.experiments.table2.protocol import Protocol
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "table2.py"
 main = runpy.run_path(str(SCRIPT))["main"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small gain nothing by more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

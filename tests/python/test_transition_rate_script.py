@@ -29,14 +29,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "transition_rate.py"
 main = runpy.run_path(str(SCRIPT))["main"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small gain nothing by more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

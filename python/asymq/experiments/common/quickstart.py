@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -43,8 +44,8 @@ def write_text(folder: Path, characters: int | None = None) -> tuple[str, str]:
     return train, test
 
 
-def train_tokenizer(train: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2's."""
+def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """As GPT-2's, with its END."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +55,12 @@ def train_tokenizer(train: str, vocabulary: int = VOCABULARY) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(train.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_tokenizer(train: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    tokenizer = byte_level_bpe(train.splitlines(keepends=True), vocabulary)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END
     )

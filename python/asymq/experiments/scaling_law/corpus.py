@@ -21,17 +21,17 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from asymq.experiments.common.command import Parser, integer
 from asymq.experiments.common.files import BadInput, need_writable, write
+from asymq.experiments.common.quickstart import END, byte_level_bpe
 from asymq.experiments.scaling_law.tokens import ABOUT, TOKENS
 
 ENDINGS = (".py", ".pyi", ".rst", ".md")
 LONGEST = 1 << 20  # bytes of a file: longer ones are tables
 TO_LEARN = 20 << 20  # bytes that the tokenizer is trained on
 BATCH = 4096  # files tokenized at a time
-END = "<|endoftext|>"
 _PERMISSIVE = re.compile(
     r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|HPND|Zlib|Unlicense|CC0|0BSD)", re.I
 )
@@ -110,20 +110,6 @@ def gather(folder: Path | None) -> Texts:
     return texts
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_first(texts, TO_LEARN), trainer)
-    return tokenizer
-
-
 def _first(texts: Iterable[str], size: int) -> Iterator[str]:
     for text in texts:
         size -= len(text)
@@ -157,7 +143,7 @@ def build(out: Path, packages: Path | None, vocabulary: int) -> dict:
     texts = gather(packages)
     if not texts.of:
         raise BadInput(f"{packages or 'this environment'}: has no package of a permissive licence")
-    tokenizer = train_tokenizer(texts, vocabulary)
+    tokenizer = byte_level_bpe(_first(texts, TO_LEARN), vocabulary)
     ids = tokenize(tokenizer, texts)
     about = {
         "source": "sources and documentation of Python packages",

@@ -62,7 +62,7 @@ def run_cell(
     show: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Runs what is left of a cell and writes its result. `show` is told of every step's loss."""
-    saved = processes.share(lambda: read_checkpoint(out, cell))
+    saved = processes.share(lambda: read_checkpoint(checkpoint_path(out, cell)))
     if saved:
         state = State(**saved["state"])
     else:

@@ -117,9 +117,8 @@ def as_found(out: Path, cells: list[Cell]) -> list[Cell]:
     return list(dict.fromkeys(known.setdefault(cell.key, cell) for cell in cells))
 
 
-def read_checkpoint(out: Path, cell: Cell) -> dict | None:
+def read_checkpoint(path: Path) -> dict | None:
     """What an unfinished cell left; None if there is nothing. BadInput: it is damaged."""
-    path = checkpoint_path(out, cell)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -198,9 +198,9 @@ def unfinished(options: Options, work: Work) -> list[Cell]:
         cell for cell in as_found(options.out, cells) if not result_path(options.out, cell).exists()
     ]
     for cell in cells:
-        checkpoint = read_checkpoint(options.out, cell)
+        path = checkpoint_path(options.out, cell)
+        checkpoint = read_checkpoint(path)
         if checkpoint is not None:
-            path = checkpoint_path(options.out, cell)
             _need_same(path, checkpoint["settings"], cell, work)
     return cells
 

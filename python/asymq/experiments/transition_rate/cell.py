@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 import asymq
-from asymq.experiments.common.files import BadInput, write
+from asymq.experiments.common.files import write
 from asymq.experiments.common.provenance import provenance
+from asymq.experiments.table2.results import read_checkpoint
 from asymq.experiments.transition_rate.protocol import RATES
 from asymq.experiments.transition_rate.results import (
     Cell,
@@ -55,7 +55,7 @@ def run_cell(
 ) -> None:
     """Runs what is left of a run and writes its result. `show` is told of some steps' losses."""
     run = Run(cell, task, device)
-    saved = read_checkpoint(out, cell)
+    saved = read_checkpoint(checkpoint_path(out, cell))
     if saved:
         run.restore(saved)
     began, first = time.perf_counter(), run.step
@@ -71,17 +71,6 @@ def run_cell(
     seconds = (time.perf_counter() - began) / max(1, run.step - first)
     write(result_path(out, cell), json.dumps(run.result(seconds)))
     checkpoint_path(out, cell).unlink(missing_ok=True)
-
-
-def read_checkpoint(out: Path, cell: Cell) -> dict | None:
-    """What an unfinished run left; None: nothing. BadInput: it is damaged."""
-    path = checkpoint_path(out, cell)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        return None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
-        raise BadInput(f"{path}: is incomplete; delete it and the run starts again") from None
 
 
 class Run:

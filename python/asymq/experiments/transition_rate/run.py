@@ -20,8 +20,8 @@ from asymq.experiments.common.files import (
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.spread import Progress, need_devices, run_all
 from asymq.experiments.common.words import count
-from asymq.experiments.table2.results import need_same_settings
-from asymq.experiments.transition_rate.cell import read_checkpoint, run_cell, settings_of
+from asymq.experiments.table2.results import need_same_settings, read_checkpoint
+from asymq.experiments.transition_rate.cell import run_cell, settings_of
 from asymq.experiments.transition_rate.protocol import RATES, Protocol
 from asymq.experiments.transition_rate.results import (
     Cell,
@@ -130,7 +130,7 @@ def _need_same_settings(out: Path, cells: list[Cell], found: list[dict], task: T
             path = result_path(out, cell)
             need_same_settings(path, result["settings"], settings_of(cell, task))
     for cell in cells:
-        checkpoint = read_checkpoint(out, cell)
+        path = checkpoint_path(out, cell)
+        checkpoint = read_checkpoint(path)
         if checkpoint is not None:
-            path = checkpoint_path(out, cell)
             need_same_settings(path, checkpoint["settings"], settings_of(cell, task))
