@@ -25,7 +25,7 @@ from asymq.quantizers import (
     is_split,
     named_quantizers,
 )
-from asymq.wrappers import unwrap
+from asymq.wrappers import evaluating, unwrap
 
 
 def calibrate(
@@ -293,18 +293,6 @@ def _set_range(quantizer: Quantizer, observers: list[Observer]) -> bool:
 
 def _roots(model: nn.Module) -> list[Prepared]:
     return [module for module in model.modules() if isinstance(module, Prepared)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from asymq import ops
-from asymq.calibration import batch_of, call, evaluating
+from asymq.calibration import batch_of, call
 from asymq.quantizers import OFF, Quantizer, named_quantizers
 from asymq.summary import table
-from asymq.wrappers import unwrap
+from asymq.wrappers import evaluating, unwrap
 
 _TITLES = ("name", "kind", "bits", "SQNR dB", "clipped", "used levels")
 

@@ -1,9 +1,10 @@
-"""Modules that others put around a model, and models of transformers within others."""
+"""A model as a whole: its mode, what others put around it, models of transformers within it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
@@ -43,6 +44,18 @@ def unwrap(model: nn.Module) -> nn.Module:
     while (wrapper := wrapper_of(model)) is not None:
         model = getattr(model, wrapper.attribute)
     return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def is_sharded(module: nn.Module) -> bool:

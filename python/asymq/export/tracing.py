@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from asymq.calibration import evaluating
 from asymq.conversion import weights_of_quantizers
 from asymq.quantizers import Quantizer, use_functions
-from asymq.wrappers import pretrained_models
+from asymq.wrappers import evaluating, pretrained_models
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,7 +15,7 @@ from asymq.layers import fused
 from asymq.layers.loss import causal_lm_loss, unquantized
 from asymq.quantizers import OFF, named_quantizers
 from asymq.training.ranges import weight_parameters
-from asymq.wrappers import unwrap, wrapper_of
+from asymq.wrappers import evaluating, unwrap, wrapper_of
 
 IGNORED = -100
 _NAME = "asymq.SelfDistillation"
@@ -130,7 +130,7 @@ class SelfDistillation:
                     return _logits_of(self.model(**inputs)).detach(), hidden
             if not isinstance(self.teacher, nn.Module):
                 return _logits_of(self.teacher(**inputs)).detach(), {}
-            with _evaluating(self.teacher), self._watch(self.teacher) as hidden:
+            with evaluating(self.teacher), self._watch(self.teacher) as hidden:
                 return _logits_of(self.teacher(**inputs)).detach(), hidden
 
     def _need_float_teacher(self) -> None:
@@ -240,20 +240,9 @@ def _loss_of(output) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
 def _without_quantizers(model: nn.Module) -> Iterator[None]:
     states = [(quantizer, quantizer.state) for _, quantizer in named_quantizers(model)]
-    with _evaluating(model), _without_adapters(unwrap(model)):
+    with evaluating(model), _without_adapters(unwrap(model)):
         try:
             for quantizer, _ in states:
                 quantizer.state = OFF
