@@ -85,8 +85,8 @@ def test_codes(tmp_path):
     assert [(row["method"], row["measure"]) for row in found] == expected
 
 
-def test_steps_that_learn_weights(tmp_path):
-    methods = ["float_eager", "asymq_weights", "asymq_scheduled"]
+def test_steps_that_learn_otherwise(tmp_path):
+    methods = ["float_eager", "asymq_distilled", "asymq_weights", "asymq_scheduled"]
     run((*STEP[:-1], ",".join(methods)), tmp_path, "--precision", "tf32")
     assert [row["method"] for row in rows(tmp_path / "step_cpu.csv")] == methods
 

@@ -1,8 +1,9 @@
 """The cost of a training step with quantized ranges, in multiples of the float model's.
 
 A step is forward, loss, backward and Adam. The float models learn their weights, the quantized
-ones their ranges alone, at every site of the paper's Table 2, or their weights too, also with a
-TransitionRateScheduler. Weights are random: they do not change what a step costs.
+ones their ranges alone, at every site of the paper's Table 2, by the usual loss or by
+SelfDistillation, or their weights too, also with a TransitionRateScheduler. Weights are random:
+they do not change what a step costs.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ class Method:
     captured: bool = False
     weights: bool = False  # learn too, but for their ranges, under a fused Adam
     scheduled: bool = False  # by the share of their codes that change
+    distilled: bool = False  # the loss is against the model without quantizers
 
 
 METHODS = {
@@ -161,6 +163,7 @@ METHODS = {
     "asymq": Method(asymq.ops),
     "asymq_captured": Method(asymq.ops, captured=True),
     "asymq_compiled": Method(asymq.ops, compiled=True),
+    "asymq_distilled": Method(asymq.ops, distilled=True),
     "asymq_weights": Method(asymq.ops, weights=True),
     "asymq_scheduled": Method(asymq.ops, weights=True, scheduled=True),
     "torch_core": Method(TORCH_CORE, "scale_offset"),
@@ -193,12 +196,15 @@ def step_of(
     if method.compiled:
         torch.compiler.reset()
         model = torch.compile(model)
+    loss_of: Any = lambda **batch: model(**batch).loss  # noqa: E731
+    if method.distilled:
+        loss_of = asymq.SelfDistillation(model)
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
     def step():
         optimizer.zero_grad()
         with autocast:
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = loss_of(input_ids=ids, labels=ids)
         loss.backward()
         optimizer.step()
         if rates is not None:
