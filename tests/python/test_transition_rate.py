@@ -706,7 +706,8 @@ def test_optimizers_that_cannot_have_it():
 )
 def test_compile(name, backend, device):
     torch.compiler.reset()
-    options = {} if device.type == "cpu" or name == "SGD" else {"capturable": True}
+    # On a GPU, the ways that take their rates as tensors, which a graph can hold.
+    options = {} if device.type == "cpu" else {"fused" if name == "SGD" else "capturable": True}
     model = network().to(device)
     runs = []
     for one in (model, copy.deepcopy(model)):
@@ -723,13 +724,15 @@ def test_compile(name, backend, device):
             step()
             rates_step()
         for a, b in zip(*(one.parameters() for one, *_ in runs), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            # A ten-thousandth of a step of Adam.
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
         lrs = [rates.learning_rate for _, _, rates, *_ in runs]
         torch.testing.assert_close(*lrs, rtol=1e-6, atol=0)
     assert (lrs[0] != 0.05).all()
 
 
-GRAPHS = [("SGD", {"fused": True}), ("AdamW", {"fused": True}), ("AdamW", {"capturable": True})]
+GRAPHS = [("SGD", {"fused": True}), ("AdamW", {"capturable": True})]
+GRAPHS += [("AdamW", {"capturable": True, "fused": True})]
 GRAPHS += [("Adam", {"capturable": True, "foreach": True})]
 
 
