@@ -132,6 +132,21 @@ def test_golden_covers_what_it_says():
     assert [step["counts"] for step in first[:3]] == [[3, 2], [1, 4], [1, 4]]
 
 
+def test_ranges_set_between_steps_count_from_then_on(device):
+    case = Case(GOLDEN[0], device)
+    case.step()
+    layer = case.model[0]
+    scale, offset = layer.weight_quantizer.scale_offset()
+    bits = layer.weight_quantizer.spec.bits
+    before = asymq.quantize(layer.weight, scale, offset, bits=bits)
+    with torch.no_grad():
+        layer.weight_quantizer.scale.mul_(3)
+    case.step()
+    after = asymq.quantize(layer.weight, 3 * scale, offset, bits=bits)
+    expected = (before != after).double().mean().cpu()
+    assert expected > 0 and case.rates.transition_rate[0].cpu() == expected
+
+
 def assert_same(one, other):
     for a, b in zip(one.everything(), other.everything(), strict=True):
         assert torch.equal(a, b)

@@ -47,10 +47,6 @@ class CodedWeight:
     def codes(self) -> Tensor:
         return ops.quantize(self.values, *self.scale_offset(), **self.options)
 
-    def update_(self, codes: Tensor) -> Tensor:
-        """Makes `codes` the present ones and returns how many changed, int64 and 0-d."""
-        return ops.update_codes_(codes, self.values, *self.scale_offset(), **self.options)
-
     @functools.cached_property
     def process_groups(self) -> tuple[ProcessGroup, ...]:
         """Over which counts of elements are summed, one after the other, to be those of the whole
@@ -121,6 +117,7 @@ class Counter:
     def __init__(self, weights: list[CodedWeight]):
         self._weights = weights
         self._codes: list[Tensor] = []
+        self._ranges: list[_KnownRange] = [_KnownRange(weight) for weight in weights]
         # Weights that share their processes are summed in one message.
         self._parts: dict[tuple, list[int]] = {}
         for i, weight in enumerate(weights):
@@ -133,8 +130,7 @@ class Counter:
     def start(self) -> None:
         """Counts from the present codes on. The tensors stay: a CUDA graph may know them."""
         if self._codes:
-            for weight, codes in zip(self._weights, self._codes, strict=True):
-                weight.update_(codes)
+            self._update()
         else:
             self._codes = [weight.codes() for weight in self._weights]
 
@@ -142,7 +138,7 @@ class Counter:
     def count(self) -> Tensor:
         """How many codes of each weight have changed since the last call, int64, on the device of
         the first weight; of split weights, on all processes."""
-        changed = [w.update_(codes) for w, codes in zip(self._weights, self._codes, strict=True)]
+        changed = self._update()
         device = changed[0].device
         parts = []
         for groups, part in self._parts.items():
@@ -153,3 +149,37 @@ class Counter:
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts)[self._places]
+
+    def _update(self) -> list[Tensor]:
+        """Makes the codes the present ones. How many changed of each weight, int64 and 0-d."""
+        in_graph = _in_graph()
+        return [
+            ops.update_codes_(codes, weight.values, *known.scale_offset(in_graph), **known.options)
+            for weight, codes, known in zip(self._weights, self._codes, self._ranges, strict=True)
+        ]
+
+
+class _KnownRange:
+    """Scale and offset of a weight, found again only when its range has changed: a step has many
+    weights, and the host little time."""
+
+    def __init__(self, weight: CodedWeight):
+        self._weight, self.options = weight, weight.options
+        self._parameters = tuple(weight.quantizer.parameters(recurse=False))
+        self._of: list[tuple[int, int]] = []
+        self._known: tuple[Tensor, Tensor | None] | None = None
+
+    def scale_offset(self, in_graph: bool) -> tuple[Tensor, Tensor | None]:
+        # What is not part of a graph, its replays would never see change.
+        if self._weight.quantizer.live or in_graph:
+            return self._weight.scale_offset()
+        of = [(p.data_ptr(), p._version) for p in self._parameters]
+        if self._known is None or of != self._of:
+            self._known, self._of = self._weight.scale_offset(), of
+        return self._known
+
+
+def _in_graph() -> bool:
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )

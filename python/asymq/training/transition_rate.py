@@ -324,7 +324,9 @@ class TransitionRateScheduler:
 
     def _publish(self) -> None:
         """After U has changed."""
-        self._floats = self._rates.tolist() if None in self._lrs else []
+        # Never `None in self._lrs`, which compares tensors.
+        needs_floats = any(lr is None for lr in self._lrs)
+        self._floats = self._rates.tolist() if needs_floats else []
         self._write()
 
 
