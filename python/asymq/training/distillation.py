@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from asymq.layers import fused
 from asymq.layers.loss import causal_lm_loss, unquantized
-from asymq.quantizers import OFF, named_quantizers
-from asymq.training.ranges import weight_parameters
+from asymq.quantizers import OFF, Quantizer, named_quantizers
 from asymq.wrappers import evaluating, unwrap, wrapper_of
 
 IGNORED = -100
@@ -136,15 +135,16 @@ class SelfDistillation:
     def _need_float_teacher(self) -> None:
         if self.teacher is not None:
             return
-        learning = {id(p) for p in weight_parameters(self.model) if p.requires_grad}
-        if not learning:
-            return
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) in learning and ".lora_" not in name:
-                raise ValueError(
-                    f"{_NAME}: {name} learns, so that the model without its quantizers is no fixed "
-                    "teacher: call asymq.freeze_weights(model), or give teacher= a float model"
-                )
+        for name, module in self.model.named_modules():
+            if isinstance(module, Quantizer):
+                continue
+            for own, parameter in module.named_parameters(name, recurse=False):
+                if parameter.requires_grad and ".lora_" not in own:
+                    raise ValueError(
+                        f"{_NAME}: {own} learns, so that the model without its quantizers is no "
+                        "fixed teacher: call asymq.freeze_weights(model), or give teacher= a float "
+                        "model"
+                    )
 
     def _observed(self, model: nn.Module) -> dict[str, nn.Module]:
         modules = dict(unwrap(model).named_modules())
