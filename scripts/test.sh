@@ -12,7 +12,7 @@ install_headers() {
 lint() {
   ruff check .
   ruff format --check .
-  find csrc cuda tests/cpp tests/consumer -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
+  find csrc cuda tests/{cpp,consumer,subproject} -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
     xargs clang-format --dry-run -Werror
 }
 
@@ -34,13 +34,32 @@ consumer() {
   "$build/consumer/consumer"
 }
 
-# The library and its tests in one instrumented build without CUDA.
+# What a LibTorch archive has, of this torch's files: no Python.
+libtorch_archive() {
+  local torch
+  torch=$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+  mkdir -p "$build/libtorch"
+  ln -sfn "$torch/lib" "$torch/include" "$build/libtorch/"
+  python -c 'import torch; print(torch.__version__)' >"$build/libtorch/build-version"
+}
+
+# The library and its tests within another project, instrumented, without CUDA and against libtorch
+# without Python. What that project installs needs neither the build tree nor Python.
 sanitizers() {
-  cmake_build . sanitizers -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-    -DASYMQ_CUDA=OFF -DASYMQ_BUILD_TESTS=ON -DASYMQ_SANITIZE=address,undefined
+  local installed=$build/installed
+  libtorch_archive
+  cmake_build tests/subproject subproject -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+    -DCMAKE_INSTALL_PREFIX="$installed" -DASYMQ_TORCH_ROOT="$build/libtorch" \
+    -DPython3_EXECUTABLE=/nonexistent -DASYMQ_CUDA=OFF -DASYMQ_BUILD_TESTS=ON \
+    -DASYMQ_SANITIZE=address,undefined
   # No leak check: libtorch keeps its registries and thread pools until the process ends.
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$build/sanitizers/tests/cpp/asymq_tests" --gtest_brief=1
+  local -x ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+  "$build/subproject/asymq/tests/cpp/asymq_tests" --gtest_brief=1
+  rm -rf "$installed"
+  cmake --install "$build/subproject" >/dev/null
+  "$installed/bin/user"
+  [[ -z $(readelf -d "$installed/bin/user" "$installed"/lib/*.so | grep "$build/subproject") ]]
+  [[ -z $(find "$installed" -name '*.py') ]]
 }
 
 step "Environment" create_environment
@@ -54,4 +73,4 @@ step "Consumer project" consumer
 step "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer" sanitizers
 # Last, so that pytest's summary is the last line.
 heading "Python tests"
-OMP_NUM_THREADS=1 exec python -m pytest tests/python --numprocesses "$(nproc)" "$@"
+OMP_NUM_THREADS=1 exec python -m pytest tests/python --numprocesses "$(nproc)" --dist loadfile "$@"
