@@ -30,7 +30,7 @@ def parse(arguments):
         "names",
         nargs="*",
         metavar="NAME",
-        help="figure3 to figure9, drift, offsets, gradients, table1, table3 (default all)",
+        help="figure3 to figure9, links, drift, offsets, gradients, table1, table3 (default all)",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add(

@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/differentiable.h"
+#include "autograd/saved.h"
 
 namespace asymq {
 namespace {
@@ -29,9 +29,7 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({x, first, second.value_or(at::Tensor()), min.value_or(at::Tensor()),
                             max.value_or(at::Tensor())});
-    ctx->saved_data["parameterization"] = quantizer.parameterization;
-    ctx->saved_data["bits"] = quantizer.bits;
-    ctx->saved_data["eps"] = quantizer.eps;
+    save_kind(ctx, quantizer.kind);
     return fake_quantize_op(x, quantizer);
   }
 
@@ -42,19 +40,14 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
     const auto second = present(saved[2]), min = present(saved[3]), max = present(saved[4]);
     const std::array<bool, 3> needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                     second.has_value() && ctx->needs_input_grad(2)};
-    std::tie(result[0], result[1], result[2]) =
-        fake_quantize_backward_op(grads[0], saved[0],
-                                  {{saved[1], second, min, max},
-                                   ctx->saved_data["parameterization"].toInt(),
-                                   ctx->saved_data["bits"].toInt(),
-                                   ctx->saved_data["eps"].toDouble()},
-                                  needs);
+    std::tie(result[0], result[1], result[2]) = fake_quantize_backward_op(
+        grads[0], saved[0], {{saved[1], second, min, max}, saved_kind(ctx)}, needs);
     return result;
   }
 };
 
 at::Tensor fake_quantize_autograd(const at::Tensor& x, const GranularQuantizer& quantizer) {
-  const Where where{"fake_quantize_", traits_of(quantizer.parameterization).name};
+  const Where where{"fake_quantize_", traits_of(quantizer.kind.parameterization).name};
   check_transforms(where);
   check_constants(where, quantizer.ranges);
   const auto& [first, second, min, max] = quantizer.ranges;

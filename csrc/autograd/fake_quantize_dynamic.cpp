@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/differentiable.h"
+#include "autograd/saved.h"
 
 namespace asymq {
 namespace {
@@ -24,9 +24,7 @@ class FakeQuantizeDynamic : public torch::autograd::Function<FakeQuantizeDynamic
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({x, first, second.value_or(at::Tensor())});
     ctx->saved_data["group"] = quantizer.group;
-    ctx->saved_data["parameterization"] = quantizer.parameterization;
-    ctx->saved_data["bits"] = quantizer.bits;
-    ctx->saved_data["eps"] = quantizer.eps;
+    save_kind(ctx, quantizer.kind);
     ctx->saved_data["token"] = quantizer.token;
     return fake_quantize_dynamic_op(x, quantizer);
   }
@@ -40,16 +38,15 @@ class FakeQuantizeDynamic : public torch::autograd::Function<FakeQuantizeDynamic
                                     second.has_value() && ctx->needs_input_grad(2)};
     std::tie(result[0], result[1], result[2]) = fake_quantize_dynamic_backward_op(
         grads[0], saved[0],
-        {saved[1], second, ctx->saved_data["group"].toOptional<int64_t>(),
-         ctx->saved_data["parameterization"].toInt(), ctx->saved_data["bits"].toInt(),
-         ctx->saved_data["eps"].toDouble(), ctx->saved_data["token"].toBool()},
+        {saved[1], second, ctx->saved_data["group"].toOptional<int64_t>(), saved_kind(ctx),
+         ctx->saved_data["token"].toBool()},
         needs);
     return result;
   }
 };
 
 at::Tensor fake_quantize_dynamic_autograd(const at::Tensor& x, const LiveQuantizer& quantizer) {
-  check_transforms({"fake_quantize_dynamic_", traits_of(quantizer.parameterization).name});
+  check_transforms({"fake_quantize_dynamic_", traits_of(quantizer.kind.parameterization).name});
   return FakeQuantizeDynamic::apply(x, quantizer.first, quantizer.second, quantizer);
 }
 

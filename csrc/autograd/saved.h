@@ -1,5 +1,5 @@
-// What the differentiation of the operators shares that do more than quantize: what a forward keeps
-// of its quantizers, and where the gradients go that a backward returns.
+// What the differentiation of the operators shares: what a forward keeps of its quantizers, and
+// where the gradients go that a backward returns of an operator that does more than quantize.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -18,6 +18,24 @@
 
 namespace asymq {
 
+/// Keeps a quantizer's kind for the backward, under names that start with `key`.
+inline void save_kind(torch::autograd::AutogradContext* ctx, const KindArguments& kind,
+                      const std::string& key = "") {
+  ctx->saved_data[key + "parameterization"] = kind.parameterization;
+  ctx->saved_data[key + "bits"] = kind.bits;
+  ctx->saved_data[key + "eps"] = kind.eps;
+  ctx->saved_data[key + "link"] = kind.link;
+  ctx->saved_data[key + "gradient_scale"] = kind.gradient_scale;
+}
+
+inline KindArguments saved_kind(torch::autograd::AutogradContext* ctx,
+                                const std::string& key = "") {
+  const auto& saved = ctx->saved_data;
+  return {saved.at(key + "parameterization").toInt(), saved.at(key + "bits").toInt(),
+          saved.at(key + "eps").toDouble(), saved.at(key + "link").toInt(),
+          saved.at(key + "gradient_scale").toDouble()};
+}
+
 /// Keeps tensors and quantizers for the backward.
 inline void save(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list tensors,
                  std::initializer_list<QuantizerArguments> quantizers) {
@@ -25,13 +43,11 @@ inline void save(torch::autograd::AutogradContext* ctx, torch::autograd::variabl
   ctx->saved_data["quantizers"] = static_cast<int64_t>(quantizers.size());
   int number = 0;
   for (const QuantizerArguments& quantizer : quantizers) {
-    const std::string key = std::to_string(number++);
-    ctx->saved_data[key + "_ranges"] = static_cast<int64_t>(quantizer.ranges.size());
-    ctx->saved_data[key + "_parameterization"] = quantizer.parameterization;
-    ctx->saved_data[key + "_bits"] = quantizer.bits;
-    ctx->saved_data[key + "_eps"] = quantizer.eps;
-    ctx->saved_data[key + "_token"] = quantizer.token;
-    ctx->saved_data[key + "_group"] = quantizer.group;
+    const std::string key = std::to_string(number++) + "_";
+    save_kind(ctx, quantizer.kind, key);
+    ctx->saved_data[key + "ranges"] = static_cast<int64_t>(quantizer.ranges.size());
+    ctx->saved_data[key + "token"] = quantizer.token;
+    ctx->saved_data[key + "group"] = quantizer.group;
     tensors.insert(tensors.end(), quantizer.ranges.begin(), quantizer.ranges.end());
   }
   ctx->save_for_backward(std::move(tensors));
@@ -45,13 +61,11 @@ class Saved {
       : ctx_(ctx), inputs_(inputs), tensors_(ctx->get_saved_variables()) {
     size_t first = static_cast<size_t>(integer("tensors"));
     for (int64_t i = 0; i < integer("quantizers"); ++i) {
-      const std::string key = std::to_string(i);
-      const auto count = static_cast<size_t>(integer(key + "_ranges"));
-      quantizers_.push_back({at::TensorList(tensors_).slice(first, count),
-                             integer(key + "_parameterization"), integer(key + "_bits"),
-                             ctx_->saved_data.at(key + "_eps").toDouble(),
-                             ctx_->saved_data.at(key + "_token").toBool(),
-                             ctx_->saved_data.at(key + "_group").toOptional<int64_t>()});
+      const std::string key = std::to_string(i) + "_";
+      const auto count = static_cast<size_t>(integer(key + "ranges"));
+      quantizers_.push_back({at::TensorList(tensors_).slice(first, count), saved_kind(ctx_, key),
+                             ctx_->saved_data.at(key + "token").toBool(),
+                             ctx_->saved_data.at(key + "group").toOptional<int64_t>()});
       first += count;
     }
   }
@@ -104,7 +118,7 @@ class Saved {
     for (const QuantizerArguments& quantizer : quantizers_) {
       if (quantizer.exists()) {
         visit(gradient, argument);
-        const bool two = traits_of(quantizer.parameterization).second[0] != '\0';
+        const bool two = traits_of(quantizer.kind.parameterization).second[0] != '\0';
         if (two) visit(gradient + 1, argument + 1);
       }
       gradient += 2;

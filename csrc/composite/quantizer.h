@@ -14,14 +14,8 @@
 namespace asymq {
 
 inline LiveQuantizer live(const CheckedQuantizer& quantizer) {
-  const QuantizerKind& kind = quantizer.kind;
-  return {quantizer.ranges.first,
-          quantizer.ranges.second,
-          quantizer.group,
-          kind.parameterization,
-          kind.bits,
-          kind.eps,
-          /*token=*/true};
+  return {quantizer.ranges.first, quantizer.ranges.second, quantizer.group,
+          arguments_of(quantizer.kind), /*token=*/true};
 }
 
 /// x on the quantizer's grid; x itself where there is none.

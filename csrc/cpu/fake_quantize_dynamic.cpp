@@ -153,7 +153,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_dynamic_backward_cp
           for (int64_t slab = 0; slab < tasks.slabs(); ++slab) {
             total += slabs[slab * tasks.columns() + i].*which;
           }
-          gradient[i] = static_cast<P>(factor_gradient(kind, static_cast<double>(value[i]), total));
+          gradient[i] =
+              static_cast<P>(learned_gradient(kind, static_cast<double>(value[i]), total));
         }
       });
     };

@@ -18,6 +18,16 @@ namespace {
 
 using at::Tensor;
 
+Link link_of(const QuantizerOptions& options) {
+  return Link{static_cast<int>(link_number(options.name(), options.sigmoid(), options.link()))};
+}
+
+/// Empty for the identity.
+std::string link_name(const QuantizerOptions& options) {
+  const Link link = link_of(options);
+  return link == Link::identity ? "" : std::string(kLinks[static_cast<int>(link)].name);
+}
+
 /// Position in Parameterizations of what the options name.
 int64_t checked_parameterization(const QuantizerOptions& options) {
   const auto& name = options.name();
@@ -26,13 +36,16 @@ int64_t checked_parameterization(const QuantizerOptions& options) {
               ": bits must be between 2 and 16, got ", options.bits());
   TORCH_CHECK(options.eps() > 0 && std::isfinite(options.eps()), name,
               ": eps must be positive and finite, got ", options.eps());
+  TORCH_CHECK(options.gradient_scale() > 0 && std::isfinite(options.gradient_scale()), name,
+              ": gradient_scale must be positive and finite, got ", options.gradient_scale());
   TORCH_CHECK(
-      find_parameterization(family, false, false) >= 0, name,
+      find_parameterization(family, false) >= 0, name,
       ": parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, got ",
       family);
-  TORCH_CHECK(!options.sigmoid() || find_parameterization(family, false, true) >= 0, name,
-              ": sigmoid needs the parameterization beta_gamma, got ", family);
-  TORCH_CHECK(!options.symmetric() || find_parameterization(family, true, false) >= 0, name,
+  const std::string link = link_name(options);
+  TORCH_CHECK(link.empty() || family == "beta_gamma", name, ": the link ", link,
+              " needs the parameterization beta_gamma, got ", family);
+  TORCH_CHECK(!options.symmetric() || find_parameterization(family, true) >= 0, name,
               ": symmetric needs the parameterization scale_offset, min_max or beta_gamma, got ",
               family);
   TORCH_CHECK(!options.fix_min() ||
@@ -46,8 +59,12 @@ int64_t checked_parameterization(const QuantizerOptions& options) {
     TORCH_CHECK(!options.fix_min(), name,
                 ": PerToken has no minimum to fix, its ends are those of each token");
   }
-  return find_parameterization(family, options.symmetric(), options.sigmoid(),
-                               options.full_range());
+  return find_parameterization(family, options.symmetric(), options.full_range());
+}
+
+KindArguments kind_of(const QuantizerOptions& options, int64_t parameterization) {
+  return {parameterization, options.bits(), options.eps(), static_cast<int64_t>(link_of(options)),
+          options.gradient_scale()};
 }
 
 int64_t checked_axis(const QuantizerOptions& options, int64_t axis) {
@@ -144,19 +161,16 @@ Tensor QuantizerImpl::forward(const Tensor& x) {
     return tensor.defined() ? std::optional(tensor) : std::nullopt;
   };
   if (const auto* token = std::get_if<PerToken>(&options.granularity())) {
-    return fake_quantize_dynamic_op(
-        x, {ranges_[0], optional(ranges_[1]), token->group, parameterization_, options.bits(),
-            options.eps(), /*token=*/true});
+    return fake_quantize_dynamic_op(x, {ranges_[0], optional(ranges_[1]), token->group,
+                                        kind_of(options, parameterization_), /*token=*/true});
   }
   const auto shape = shape_on(x);
   const auto range = [&](size_t i) -> std::optional<Tensor> {
     if (!ranges_[i].defined() || shape == range_shape_) return optional(ranges_[i]);
     return ranges_[i].view(shape);
   };
-  return fake_quantize_op(x, {{*range(0), range(1), range(2), range(3)},
-                              parameterization_,
-                              options.bits(),
-                              options.eps()});
+  return fake_quantize_op(
+      x, {{*range(0), range(1), range(2), range(3)}, kind_of(options, parameterization_)});
 }
 
 std::vector<int64_t> QuantizerImpl::shape_on(const Tensor& x) const {
@@ -214,9 +228,9 @@ void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
     return tensor.to(ranges_[0].options()).expand(range_shape_);
   };
   std::array<Tensor, 4> values{Tensor(), Tensor(), end(low), end(high)};
-  const auto learned =
-      parameters_of_range(options.parameterization(), values[2], values[3], options.bits(),
-                          options.symmetric(), options.sigmoid(), options.full_range());
+  const auto learned = parameters_of_range(options.parameterization(), values[2], values[3],
+                                           options.bits(), options.symmetric(), options.sigmoid(),
+                                           options.full_range(), options.link());
   std::copy(learned.begin(), learned.end(), values.begin());
   for (size_t i = 0; i < ranges_.size(); ++i) {
     if (ranges_[i].defined()) ranges_[i].copy_(values[i]);
@@ -277,15 +291,17 @@ bool QuantizerImpl::per_token() const {
 
 double QuantizerImpl::uncalibrated() const {
   if (!per_token()) return std::numeric_limits<double>::quiet_NaN();
-  return options.sigmoid() ? kFirstFactor<true> : kFirstFactor<false>;
+  return first_factor(link_of(options));
 }
 
 std::string QuantizerImpl::describe() const {
   std::ostringstream text;
+  const std::string link = link_name(options);
   text << options.bits() << " bits, " << (options.symmetric() ? "symmetric " : "")
        << (options.full_range() ? "full range " : "") << options.parameterization()
-       << (options.sigmoid() ? ", sigmoid" : "") << (options.fix_min() ? ", fix_min" : "")
-       << ", eps " << options.eps();
+       << (link.empty() ? "" : ", " + link) << (options.fix_min() ? ", fix_min" : "") << ", eps "
+       << options.eps();
+  if (options.gradient_scale() != 1) text << ", gradient scale " << options.gradient_scale();
   if (const auto* token = std::get_if<PerToken>(&options.granularity())) {
     text << ", per token";
     if (token->group) text << " in groups of " << *token->group;

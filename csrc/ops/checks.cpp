@@ -1,7 +1,9 @@
 #include "ops/checks.h"
 
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <string_view>
 #include <utility>
 
 #include "asymq/detail/layout.h"
@@ -31,6 +33,21 @@ void check_bits(const Where& where, int64_t bits) {
 void check_positive(const Where& where, const char* name, double value) {
   TORCH_CHECK(value > 0 && std::isfinite(value), where, ": ", name,
               " must be positive and finite, got ", value);
+}
+
+QuantizerKind checked_kind(const Where& where, const KindArguments& kind, bool token) {
+  const Traits& traits = traits_of(kind.parameterization);
+  check_bits(where, kind.bits);
+  check_positive(where, "eps", kind.eps);
+  check_positive(where, "gradient_scale", kind.gradient_scale);
+  const int64_t links = std::size(kLinks);
+  TORCH_CHECK(kind.link >= 0 && kind.link < links, where, ": link must be between 0 and ",
+              links - 1, ", got ", kind.link);
+  const Link link{static_cast<int>(kind.link)};
+  TORCH_CHECK(link == Link::identity || std::string_view(traits.family) == "beta_gamma", where,
+              ": link belongs to the factors of beta_gamma, got the link ", kLinks[kind.link].name,
+              " with ", traits.name);
+  return make_kind(kind.parameterization, kind.bits, kind.eps, token, link, kind.gradient_scale);
 }
 
 void check_elements(const Where& where, const char* name, const at::Tensor& x) {
@@ -117,20 +134,19 @@ void check_grad(const Where& where, const char* name, const at::Tensor& grad, co
 
 CheckedQuantizer check_quantizer(const char* op, const char* whose, const char* name,
                                  const at::Tensor& x, const QuantizerArguments& quantizer) {
-  const Traits& traits = traits_of(quantizer.parameterization);
+  const Traits& traits = traits_of(quantizer.kind.parameterization);
   const Where where{op, ": ", whose, traits.name};
   TORCH_CHECK(!quantizer.token, where,
               ": takes one range, not one of each token, which fake_quantize_dynamic_* have");
   ListedRanges ranges(op, traits, quantizer.ranges);
-  check_bits(where, quantizer.bits);
-  check_positive(where, "eps", quantizer.eps);
+  const QuantizerKind kind = checked_kind(where, quantizer.kind);
   check_alike(where, name_ranges(where, traits, ranges.tensors()), x.scalar_type() == at::kDouble);
   TORCH_CHECK(ranges.first.sym_numel() == 1, where, ": ", traits.first,
               " must have one element, got shape ", ranges.first.sym_sizes());
   TORCH_CHECK(ranges.first.device() == x.device(), where, ": ", traits.first,
               " must be on the device of ", name, ", ", x.device(), ", got ",
               ranges.first.device());
-  return {make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps), std::move(ranges)};
+  return {kind, std::move(ranges)};
 }
 
 std::optional<CheckedQuantizer> check_any_quantizer(const char* op, const char* whose,
@@ -138,12 +154,11 @@ std::optional<CheckedQuantizer> check_any_quantizer(const char* op, const char* 
                                                     const QuantizerArguments& quantizer) {
   if (!quantizer.exists()) return std::nullopt;
   if (!quantizer.token) return check_quantizer(op, whose, name, x, quantizer);
-  const Traits& traits = traits_of(quantizer.parameterization);
+  const Traits& traits = traits_of(quantizer.kind.parameterization);
   ListedRanges ranges(op, traits, quantizer.ranges, /*token=*/true);
-  const QuantizerKind kind = check_live({op, ": ", whose, traits.name}, x,
-                                        {ranges.first, ranges.second, quantizer.group,
-                                         quantizer.parameterization, quantizer.bits, quantizer.eps,
-                                         /*token=*/true});
+  const QuantizerKind kind =
+      check_live({op, ": ", whose, traits.name}, x,
+                 {ranges.first, ranges.second, quantizer.group, quantizer.kind, /*token=*/true});
   return CheckedQuantizer{kind, ranges, true, quantizer.group};
 }
 

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <optional>
 #include <ostream>
+#include <string_view>
 
 #include "ops/quantizer.h"
 
@@ -45,6 +47,23 @@ NamedTensors name_ranges(const Where& where, const Traits& traits, const RangeTe
 
 void check_bits(const Where& where, int64_t bits);
 void check_positive(const Where& where, const char* name, double value);
+
+/// Number of the link that users name, or ask for by `sigmoid`. Throws where there is none of that
+/// name, or they say both, and different things. whose: a Where, or what errors call a quantizer.
+template <class Whose>
+int64_t link_number(const Whose& whose, bool sigmoid, std::string_view link) {
+  const int found = find_link(link);
+  TORCH_CHECK(found >= 0, whose, ": link must be identity, sigmoid, exp, softplus or clamp, got ",
+              link);
+  if (!sigmoid) return found;
+  TORCH_CHECK(
+      Link{found} == Link::identity || Link{found} == Link::sigmoid, whose,
+      ": sigmoid is a link itself: leave it out or the other one, got sigmoid and the link ", link);
+  return static_cast<int64_t>(Link::sigmoid);
+}
+
+/// A quantizer's kind. token: of a range of each token.
+QuantizerKind checked_kind(const Where& where, const KindArguments& kind, bool token = false);
 
 /// float32, float64, bfloat16 or float16.
 void check_elements(const Where& where, const char* name, const at::Tensor& x);

@@ -12,9 +12,9 @@ constexpr const char* kOp = "effective_scale_offset";
 
 std::vector<at::Tensor> as_list(std::string_view parameterization, at::TensorList parameters,
                                 int64_t bits, bool symmetric, bool sigmoid, double eps,
-                                bool full_range) {
+                                bool full_range, std::string_view link) {
   const auto [scale, offset] = effective_scale_offset(parameterization, parameters, bits, symmetric,
-                                                      sigmoid, eps, full_range);
+                                                      sigmoid, eps, full_range, link);
   return offset.has_value() ? std::vector<at::Tensor>{scale, *offset}
                             : std::vector<at::Tensor>{scale};
 }
@@ -22,23 +22,20 @@ std::vector<at::Tensor> as_list(std::string_view parameterization, at::TensorLis
 }  // namespace
 
 QuantizerKind check_effective_scale_offset(const GranularQuantizer& quantizer) {
-  const auto& [ranges, parameterization, bits, eps] = quantizer;
-  const Traits& traits = traits_of(parameterization);
+  const Traits& traits = traits_of(quantizer.kind.parameterization);
   const Where where{kOp, ": ", traits.name};
-  check_bits(where, bits);
-  check_positive(where, "eps", eps);
-  check_alike(where, name_ranges(where, traits, ranges), /*wide=*/true);
-  return make_kind(parameterization, bits, eps);
+  const QuantizerKind kind = checked_kind(where, quantizer.kind);
+  check_alike(where, name_ranges(where, traits, quantizer.ranges), /*wide=*/true);
+  return kind;
 }
 
-std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(std::string_view parameterization,
-                                                              at::TensorList parameters,
-                                                              int64_t bits, bool symmetric,
-                                                              bool sigmoid, double eps,
-                                                              bool full_range) {
-  const int64_t id = find_parameterization(kOp, parameterization, symmetric, sigmoid, full_range);
+std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(
+    std::string_view parameterization, at::TensorList parameters, int64_t bits, bool symmetric,
+    bool sigmoid, double eps, bool full_range, std::string_view link) {
+  const int64_t id = find_parameterization(kOp, parameterization, symmetric, full_range);
   const ListedRanges ranges(kOp, traits_of(id), parameters);
-  const auto [scale, offset] = effective_scale_offset_op({ranges.tensors(), id, bits, eps});
+  const auto [scale, offset] = effective_scale_offset_op(
+      {ranges.tensors(), {id, bits, eps, link_number(Where{kOp}, sigmoid, link)}});
   return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};
 }
 

@@ -15,76 +15,83 @@ Where where(const Traits& traits) { return {"fake_quantize_", traits.name}; }
 template <class Parameterization>
 constexpr int64_t id() {
   constexpr Traits traits = Parameterization::traits;
-  return find_parameterization(traits.family, traits.symmetric, traits.sigmoid, traits.full_range);
+  return find_parameterization(traits.family, traits.symmetric, traits.full_range);
 }
+
+constexpr int64_t kIdentity = static_cast<int64_t>(Link::identity);
 
 }  // namespace
 
 QuantizerKind check_fake_quantize(const at::Tensor& x, const GranularQuantizer& quantizer) {
-  const auto& [ranges, parameterization, bits, eps] = quantizer;
-  const Traits& traits = traits_of(parameterization);
-  check_bits(where(traits), bits);
-  check_positive(where(traits), "eps", eps);
+  const Traits& traits = traits_of(quantizer.kind.parameterization);
+  const QuantizerKind kind = checked_kind(where(traits), quantizer.kind);
   check_elements(where(traits), "x", x);
-  const NamedTensors named = name_ranges(where(traits), traits, ranges);
+  const NamedTensors named = name_ranges(where(traits), traits, quantizer.ranges);
   check_alike(where(traits), named, x.scalar_type() == at::kDouble);
   check_granularity(where(traits), x, named);
-  return make_kind(parameterization, bits, eps);
+  return kind;
 }
 
 QuantizerKind check_fake_quantize_backward(const at::Tensor& grad, const at::Tensor& x,
                                            const GranularQuantizer& quantizer) {
   const QuantizerKind kind = check_fake_quantize(x, quantizer);
-  check_grad(where(traits_of(quantizer.parameterization)), "x", grad, x);
+  check_grad(where(traits_of(quantizer.kind.parameterization)), "x", grad, x);
   return kind;
 }
 
 at::Tensor fake_quantize_scale_offset(const at::Tensor& x, const at::Tensor& scale,
-                                      const at::Tensor& offset, int64_t bits, double eps) {
-  return fake_quantize_op(x,
-                          {{scale, offset, {}, {}}, id<ScaleOffsetParameterization>(), bits, eps});
+                                      const at::Tensor& offset, int64_t bits, double eps,
+                                      double gradient_scale) {
+  return fake_quantize_op(
+      x, {{scale, offset, {}, {}},
+          {id<ScaleOffsetParameterization>(), bits, eps, kIdentity, gradient_scale}});
 }
 
 at::Tensor fake_quantize_min_max(const at::Tensor& x, const at::Tensor& min, const at::Tensor& max,
-                                 int64_t bits, double eps) {
-  return fake_quantize_op(x, {{min, max, {}, {}}, id<MinMax>(), bits, eps});
+                                 int64_t bits, double eps, double gradient_scale) {
+  return fake_quantize_op(
+      x, {{min, max, {}, {}}, {id<MinMax>(), bits, eps, kIdentity, gradient_scale}});
 }
 
 at::Tensor fake_quantize_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
                                     const at::Tensor& gamma, const at::Tensor& min,
-                                    const at::Tensor& max, int64_t bits, bool sigmoid, double eps) {
-  return fake_quantize_op(x, {{beta, gamma, min, max},
-                              sigmoid ? id<BetaGamma<true>>() : id<BetaGamma<false>>(),
-                              bits,
-                              eps});
+                                    const at::Tensor& max, int64_t bits, bool sigmoid, double eps,
+                                    std::string_view link, double gradient_scale) {
+  return fake_quantize_op(
+      x, {{beta, gamma, min, max},
+          {id<BetaGamma>(), bits, eps,
+           link_number(Where{"fake_quantize_beta_gamma"}, sigmoid, link), gradient_scale}});
 }
 
 at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& kscale,
-                                        const at::Tensor& koffset, int64_t bits, double eps) {
-  return fake_quantize_op(x, {{kscale, koffset, {}, {}}, id<KscaleKoffset>(), bits, eps});
+                                        const at::Tensor& koffset, int64_t bits, double eps,
+                                        double gradient_scale) {
+  return fake_quantize_op(
+      x, {{kscale, koffset, {}, {}}, {id<KscaleKoffset>(), bits, eps, kIdentity, gradient_scale}});
 }
 
 at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale, int64_t bits,
-                                         double eps, bool full_range) {
+                                         double eps, bool full_range, double gradient_scale) {
   return fake_quantize_op(x, {{scale, {}, {}, {}},
-                              find_parameterization("scale_offset", true, false, full_range),
-                              bits,
-                              eps});
+                              {find_parameterization("scale_offset", true, full_range), bits, eps,
+                               kIdentity, gradient_scale}});
 }
 
 at::Tensor fake_quantize_symmetric_max(const at::Tensor& x, const at::Tensor& max, int64_t bits,
-                                       double eps, bool full_range) {
-  return fake_quantize_op(
-      x, {{max, {}, {}, {}}, find_parameterization("min_max", true, false, full_range), bits, eps});
+                                       double eps, bool full_range, double gradient_scale) {
+  return fake_quantize_op(x, {{max, {}, {}, {}},
+                              {find_parameterization("min_max", true, full_range), bits, eps,
+                               kIdentity, gradient_scale}});
 }
 
 at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
                                          const at::Tensor& max, int64_t bits, bool sigmoid,
-                                         double eps, bool full_range) {
-  return fake_quantize_op(x, {{gamma, {}, {}, max},
-                              find_parameterization("beta_gamma", true, sigmoid, full_range),
-                              bits,
-                              eps});
+                                         double eps, bool full_range, std::string_view link,
+                                         double gradient_scale) {
+  return fake_quantize_op(
+      x, {{gamma, {}, {}, max},
+          {find_parameterization("beta_gamma", true, full_range), bits, eps,
+           link_number(Where{"fake_quantize_symmetric_gamma"}, sigmoid, link), gradient_scale}});
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

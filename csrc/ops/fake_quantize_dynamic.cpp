@@ -54,26 +54,30 @@ void check_factors(const Where& where, const char* name, const at::Tensor& x,
 /// A weight's rows or groups on their live ranges; symmetric without `second`.
 at::Tensor fake_quantize_live(const at::Tensor& x, const at::Tensor& first,
                               const OptionalTensor& second, std::optional<int64_t> group,
-                              int64_t bits, bool sigmoid, bool full_range, double eps) {
+                              int64_t bits, bool sigmoid, bool full_range, double eps,
+                              std::string_view link, double gradient_scale) {
+  constexpr const char* op = "_fake_quantize_live";
   const bool symmetric = !second.has_value() || !second->defined();
-  return fake_quantize_dynamic_op(x, {first, second, group,
-                                      find_parameterization("_fake_quantize_live", "beta_gamma",
-                                                            symmetric, sigmoid, full_range),
-                                      bits, eps, /*token=*/false});
+  return fake_quantize_dynamic_op(
+      x, {first,
+          second,
+          group,
+          {find_parameterization(op, "beta_gamma", symmetric, full_range), bits, eps,
+           link_number(Where{op}, sigmoid, link), gradient_scale},
+          /*token=*/false});
 }
 
 }  // namespace
 
 QuantizerKind check_fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quantizer) {
-  return check_live(where(traits_of(quantizer.parameterization)), x, quantizer);
+  return check_live(where(traits_of(quantizer.kind.parameterization)), x, quantizer);
 }
 
 QuantizerKind check_live(const Where& at, const at::Tensor& x, const LiveQuantizer& quantizer) {
-  const Traits& traits = traits_of(quantizer.parameterization);
+  const Traits& traits = traits_of(quantizer.kind.parameterization);
   TORCH_CHECK(std::string_view(traits.family) == "beta_gamma", at,
               ": a live range needs factors, those of beta_gamma or symmetric_gamma");
-  check_bits(at, quantizer.bits);
-  check_positive(at, "eps", quantizer.eps);
+  const QuantizerKind kind = checked_kind(at, quantizer.kind, quantizer.token);
   check_elements(at, "x", x);
   check_group(at, x, quantizer.group);
   const bool two = traits.second[0] != '\0';
@@ -86,13 +90,13 @@ QuantizerKind check_live(const Where& at, const at::Tensor& x, const LiveQuantiz
   TORCH_CHECK(quantizer.first.device() == x.device(), at, ": ", traits.first,
               " must be on x's device ", x.device(), ", got ", quantizer.first.device());
   check_factors(at, traits.first, x, quantizer);
-  return make_kind(quantizer.parameterization, quantizer.bits, quantizer.eps, quantizer.token);
+  return kind;
 }
 
 QuantizerKind check_fake_quantize_dynamic_backward(const at::Tensor& grad, const at::Tensor& x,
                                                    const LiveQuantizer& quantizer) {
   const QuantizerKind kind = check_fake_quantize_dynamic(x, quantizer);
-  check_grad(where(traits_of(quantizer.parameterization)), "x", grad, x);
+  check_grad(where(traits_of(quantizer.kind.parameterization)), "x", grad, x);
   return kind;
 }
 
@@ -120,23 +124,29 @@ at::Tensor LiveGroups::restore(at::Tensor result) const {
 
 at::Tensor fake_quantize_dynamic_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
                                             const at::Tensor& gamma, std::optional<int64_t> group,
-                                            int64_t bits, bool sigmoid, double eps) {
+                                            int64_t bits, bool sigmoid, double eps,
+                                            std::string_view link, double gradient_scale) {
   return fake_quantize_dynamic_op(
-      x, {beta, gamma, group, find_parameterization("beta_gamma", false, sigmoid), bits, eps,
+      x, {beta,
+          gamma,
+          group,
+          {find_parameterization("beta_gamma", false), bits, eps,
+           link_number(Where{"fake_quantize_dynamic_beta_gamma"}, sigmoid, link), gradient_scale},
           /*token=*/true});
 }
 
 at::Tensor fake_quantize_dynamic_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
                                                  std::optional<int64_t> group, int64_t bits,
-                                                 bool sigmoid, bool full_range, double eps) {
-  return fake_quantize_dynamic_op(x,
-                                  {gamma,
-                                   {},
-                                   group,
-                                   find_parameterization("beta_gamma", true, sigmoid, full_range),
-                                   bits,
-                                   eps,
-                                   /*token=*/true});
+                                                 bool sigmoid, bool full_range, double eps,
+                                                 std::string_view link, double gradient_scale) {
+  return fake_quantize_dynamic_op(
+      x,
+      {gamma,
+       {},
+       group,
+       {find_parameterization("beta_gamma", true, full_range), bits, eps,
+        link_number(Where{"fake_quantize_dynamic_symmetric_gamma"}, sigmoid, link), gradient_scale},
+       /*token=*/true});
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

@@ -19,34 +19,33 @@ namespace asymq {
 /// first, second: the learned factors, second where the parameterization has one; of one shape,
 ///     with 1 value, one for every group of a row, or, of a weight, one for every group.
 /// group: how many elements of the last axis make a group; none: all of them.
-/// parameterization: position of a BetaGamma or SymmetricGamma.
+/// kind: of a BetaGamma or SymmetricGamma.
 /// token: whether the range is that of a token, or of a weight.
 struct LiveQuantizer {
   const at::Tensor& first;
   const OptionalTensor& second;
   std::optional<int64_t> group;
-  int64_t parameterization, bits;
-  double eps;
+  KindArguments kind;
   bool token;
 };
 
 template <>
 struct Flat<const LiveQuantizer&> {
   using Types = std::tuple<const at::Tensor&, const OptionalTensor&, std::optional<int64_t>,
-                           int64_t, int64_t, double, bool>;
+                           int64_t, int64_t, double, int64_t, double, bool>;
   static Types write(const LiveQuantizer& q) {
-    return {q.first, q.second, q.group, q.parameterization, q.bits, q.eps, q.token};
+    const auto& [parameterization, bits, eps, link, gradient_scale] = q.kind;
+    return {q.first, q.second, q.group, parameterization, bits, eps, link, gradient_scale, q.token};
   }
   static LiveQuantizer read(const at::Tensor& first, const OptionalTensor& second,
                             std::optional<int64_t> group, int64_t parameterization, int64_t bits,
-                            double eps, bool token) {
-    return {first, second, group, parameterization, bits, eps, token};
+                            double eps, int64_t link, double gradient_scale, bool token) {
+    return {first, second, group, {parameterization, bits, eps, link, gradient_scale}, token};
   }
 };
 
 inline std::string live_quantizer_schema() {
-  return "Tensor first, Tensor? second, int? group, int parameterization, int bits, float eps, "
-         "bool token";
+  return "Tensor first, Tensor? second, int? group, " + kind_schema() + ", bool token";
 }
 
 inline constexpr Op<"asymq::_fake_quantize_dynamic",
@@ -60,7 +59,7 @@ inline constexpr Op<"asymq::_fake_quantize_dynamic_backward",
                         std::array<bool, 3> needs)>
     fake_quantize_dynamic_backward_op;
 
-/// Returns what make_kind makes of a token's or a weight's quantizer.
+/// Returns the kind of a token's or a weight's quantizer.
 QuantizerKind check_fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quantizer);
 
 /// The same, of the quantizer that errors call `at`.

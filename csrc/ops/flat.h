@@ -29,57 +29,68 @@ struct Flat {
   static A read(A argument) { return std::forward<A>(argument); }
 };
 
+/// whose: what its arguments' names start with, here and below.
+inline std::string kind_schema(const std::string& whose = "") {
+  return "int " + whose + "parameterization, int " + whose + "bits, float " + whose + "eps, int " +
+         whose + "link, float " + whose + "gradient_scale";
+}
+
 /// or as the parts of a quantizer.
 template <>
 struct Flat<const GranularQuantizer&> {
   using Types = std::tuple<const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                           const OptionalTensor&, int64_t, int64_t, double>;
+                           const OptionalTensor&, int64_t, int64_t, double, int64_t, double>;
   static Types write(const GranularQuantizer& q) {
     const auto& [first, second, min, max] = q.ranges;
-    return {first, second, min, max, q.parameterization, q.bits, q.eps};
+    const auto& [parameterization, bits, eps, link, gradient_scale] = q.kind;
+    return {first, second, min, max, parameterization, bits, eps, link, gradient_scale};
   }
   static GranularQuantizer read(const at::Tensor& first, const OptionalTensor& second,
                                 const OptionalTensor& min, const OptionalTensor& max,
-                                int64_t parameterization, int64_t bits, double eps) {
-    return {{first, second, min, max}, parameterization, bits, eps};
+                                int64_t parameterization, int64_t bits, double eps, int64_t link,
+                                double gradient_scale) {
+    return {{first, second, min, max}, {parameterization, bits, eps, link, gradient_scale}};
   }
 };
 
 inline std::string granular_quantizer_schema() {
-  return "Tensor first, Tensor? second, Tensor? min, Tensor? max, int parameterization, int bits, "
-         "float eps";
+  return "Tensor first, Tensor? second, Tensor? min, Tensor? max, " + kind_schema();
 }
 
 template <>
 struct Flat<const QuantizerArguments&> {
-  using Types = std::tuple<at::TensorList, int64_t, int64_t, double, bool, std::optional<int64_t>>;
+  using Types = std::tuple<at::TensorList, int64_t, int64_t, double, int64_t, double, bool,
+                           std::optional<int64_t>>;
   static Types write(const QuantizerArguments& q) {
-    return {q.ranges, q.parameterization, q.bits, q.eps, q.token, q.group};
+    const auto& [parameterization, bits, eps, link, gradient_scale] = q.kind;
+    return {q.ranges, parameterization, bits, eps, link, gradient_scale, q.token, q.group};
   }
   static QuantizerArguments read(at::TensorList ranges, int64_t parameterization, int64_t bits,
-                                 double eps, bool token, std::optional<int64_t> group) {
-    return {ranges, parameterization, bits, eps, token, group};
+                                 double eps, int64_t link, double gradient_scale, bool token,
+                                 std::optional<int64_t> group) {
+    return {ranges, {parameterization, bits, eps, link, gradient_scale}, token, group};
   }
 };
 
-/// whose: what its arguments' names start with.
 inline std::string quantizer_schema(const std::string& whose = "") {
-  return "Tensor[] " + whose + "ranges, int " + whose + "parameterization, int " + whose +
-         "bits, float " + whose + "eps, bool " + whose + "token, int? " + whose + "group";
+  return "Tensor[] " + whose + "ranges, " + kind_schema(whose) + ", bool " + whose +
+         "token, int? " + whose + "group";
 }
 
 template <>
 struct Flat<const RangeArguments&> {
   using Types = std::tuple<std::string_view, at::TensorList, int64_t, bool, bool, double, bool,
-                           bool, std::optional<int64_t>>;
+                           bool, std::optional<int64_t>, std::string_view, double>;
   static Types write(const RangeArguments& r) {
-    return {r.parameterization, r.parameters, r.bits, r.symmetric, r.sigmoid, r.eps,
-            r.full_range,       r.token,      r.group};
+    return {r.parameterization, r.parameters, r.bits,  r.symmetric, r.sigmoid,       r.eps,
+            r.full_range,       r.token,      r.group, r.link,      r.gradient_scale};
   }
   static RangeArguments read(std::string_view parameterization, at::TensorList parameters,
                              int64_t bits, bool symmetric, bool sigmoid, double eps,
-                             bool full_range, bool token, std::optional<int64_t> group) {
-    return {parameterization, parameters, bits, symmetric, sigmoid, eps, full_range, token, group};
+                             bool full_range, bool token, std::optional<int64_t> group,
+                             std::string_view link, double gradient_scale) {
+    return {parameterization, parameters, bits,  symmetric, sigmoid,       eps,
+            full_range,       token,      group, link,      gradient_scale};
   }
 };
 
@@ -102,7 +113,8 @@ struct Flat<const std::optional<RangeArguments>&> {
 inline std::string range_schema(const std::string& whose = "") {
   return "str " + whose + "parameterization, Tensor[] " + whose + "parameters, int " + whose +
          "bits, bool " + whose + "symmetric, bool " + whose + "sigmoid, float " + whose +
-         "eps, bool " + whose + "full_range, bool " + whose + "token, int? " + whose + "group";
+         "eps, bool " + whose + "full_range, bool " + whose + "token, int? " + whose +
+         "group, str " + whose + "link, float " + whose + "gradient_scale";
 }
 
 namespace detail {

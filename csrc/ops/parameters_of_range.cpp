@@ -21,17 +21,17 @@ at::Tensor new_like(const at::Tensor& like, double value) { return at::full_like
 std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
                                             const at::Tensor& min, const at::Tensor& max,
                                             int64_t bits, bool symmetric, bool sigmoid,
-                                            bool full_range) {
+                                            bool full_range, std::string_view link) {
   constexpr const char* op = "parameters_of_range";
-  const int64_t id = find_parameterization(op, parameterization, symmetric, sigmoid, full_range);
-  check_bits({op}, bits);
+  const int64_t id = find_parameterization(op, parameterization, symmetric, full_range);
+  constexpr double no_matter = 1;
+  const QuantizerKind kind =
+      checked_kind({op}, {id, bits, /*eps=*/no_matter, link_number(Where{op}, sigmoid, link)});
   check_ends({op}, min, max);
   const at::Tensor low = min.detach().to(at::kDouble), high = max.detach().to(at::kDouble);
-  constexpr double no_guard = 0;
-  const auto divisors = make_kind(id, bits, no_guard).divisors<double>();
   std::vector<at::Tensor> result;
   visit_parameterization(id, Parameterizations{}, [&](auto visited) {
-    const auto [first, second] = visited.first_values(low, high, divisors);
+    const auto [first, second] = visited.first_values(low, high, kind);
     result.push_back(new_like(max, first));
     if (visited.traits.second[0] != '\0') result.push_back(new_like(max, second));
   });

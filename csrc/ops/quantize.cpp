@@ -24,8 +24,8 @@ QuantizerKind check_ranges(const Where& where, const at::Tensor& x, const at::Te
   check_granularity(where, x, ranges);
   TORCH_CHECK(is_symmetric(offset) || !full_range, where,
               ": full_range needs a symmetric grid, which has no offset, got an offset");
-  return make_kind(find_parameterization("scale_offset", is_symmetric(offset), false, full_range),
-                   bits, eps);
+  return make_kind(find_parameterization("scale_offset", is_symmetric(offset), full_range), bits,
+                   eps);
 }
 
 QuantizerKind check_elements_and_ranges(const Where& where, const at::Tensor& x,

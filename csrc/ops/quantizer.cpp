@@ -4,6 +4,8 @@
 
 #include <iterator>
 
+#include "ops/checks.h"
+
 namespace asymq {
 
 const Traits& traits_of(int64_t parameterization) {
@@ -14,31 +16,28 @@ const Traits& traits_of(int64_t parameterization) {
   return Parameterizations::traits[parameterization];
 }
 
-int64_t find_parameterization(const char* op, std::string_view family, bool symmetric, bool sigmoid,
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
                               bool full_range) {
-  const int id = asymq::find_parameterization(family, symmetric, sigmoid, full_range);
+  const int id = asymq::find_parameterization(family, symmetric, full_range);
   TORCH_CHECK(
       id >= 0, "asymq::", op,
       ": parameterization must be scale_offset, min_max, beta_gamma or kscale_koffset, "
-      "sigmoid belongs to beta_gamma, full_range to symmetric, and kscale_koffset has no symmetric "
-      "counterpart; got ",
-      family, symmetric ? ", symmetric" : "", sigmoid ? ", sigmoid" : "",
-      full_range ? ", full_range" : "");
+      "full_range belongs to symmetric, and kscale_koffset has no symmetric counterpart; got ",
+      family, symmetric ? ", symmetric" : "", full_range ? ", full_range" : "");
   return id;
 }
 
 QuantizerArguments by_position(const char* op, const RangeArguments& range) {
   return {range.parameters,
-          find_parameterization(op, range.parameterization, range.symmetric, range.sigmoid,
-                                range.full_range),
-          range.bits,
-          range.eps,
+          {find_parameterization(op, range.parameterization, range.symmetric, range.full_range),
+           range.bits, range.eps, link_number(Where{op}, range.sigmoid, range.link),
+           range.gradient_scale},
           range.token,
           range.group};
 }
 
 QuantizerArguments by_position(const char* op, const std::optional<RangeArguments>& range) {
-  if (!range.has_value()) return {{}, kNoQuantizer, 8, 1};
+  if (!range.has_value()) return {{}, {kNoQuantizer, 8, 1}};
   return by_position(op, *range);
 }
 

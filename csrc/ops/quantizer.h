@@ -17,8 +17,22 @@ using OptionalTensor = std::optional<at::Tensor>;
 const Traits& traits_of(int64_t parameterization);
 
 /// Position of the parameterization that users name by its family; throws where there is none.
-int64_t find_parameterization(const char* op, std::string_view family, bool symmetric, bool sigmoid,
+int64_t find_parameterization(const char* op, std::string_view family, bool symmetric,
                               bool full_range);
+
+/// What a quantizer is beside its tensors, as the private operators have it, not checked yet.
+/// parameterization: its position in Parameterizations. link: its number.
+struct KindArguments {
+  int64_t parameterization, bits;
+  double eps;
+  int64_t link = 0;
+  double gradient_scale = 1;
+};
+
+inline KindArguments arguments_of(const QuantizerKind& kind) {
+  return {kind.parameterization, kind.bits, kind.eps, static_cast<int64_t>(kind.link),
+          kind.gradient_scale};
+}
 
 /// The range tensors of a quantizer, in the order of Traits.
 struct RangeTensors {
@@ -29,11 +43,9 @@ struct RangeTensors {
 };
 
 /// A quantizer with ranges of any granularity, as the operators have it that only quantize.
-/// parameterization: its position in Parameterizations.
 struct GranularQuantizer {
   RangeTensors ranges;
-  int64_t parameterization, bits;
-  double eps;
+  KindArguments kind;
 };
 
 /// The parameterization of no quantizer at all, for operators that can do without one.
@@ -44,12 +56,11 @@ inline constexpr int64_t kNoQuantizer = -1;
 /// group: as in RangeArguments.
 struct QuantizerArguments {
   at::TensorList ranges;
-  int64_t parameterization, bits;
-  double eps;
+  KindArguments kind;
   bool token = false;
   std::optional<int64_t> group = std::nullopt;
 
-  bool exists() const { return parameterization != kNoQuantizer; }
+  bool exists() const { return kind.parameterization != kNoQuantizer; }
 };
 
 /// What the private operators take for what users give to `op`.
@@ -78,9 +89,7 @@ struct CheckedQuantizer {
   std::optional<int64_t> group = std::nullopt;
 
   /// For the operators that only quantize. Of a stored range. References to these, as above.
-  GranularQuantizer granular() const& {
-    return {ranges.tensors(), kind.parameterization, kind.bits, kind.eps};
-  }
+  GranularQuantizer granular() const& { return {ranges.tensors(), arguments_of(kind)}; }
   GranularQuantizer granular() const&& = delete;
 };
 

@@ -21,41 +21,47 @@ TORCH_LIBRARY(asymq, m) {
   const auto define = [&](const std::string& schema) {
     m.def(torch::schema(schema.c_str(), c10::AliasAnalysisKind::FROM_SCHEMA), tags);
   };
+  const std::string linked = "str link=\"identity\", float gradient_scale=1";
 
   define(
       "fake_quantize_scale_offset(Tensor x, Tensor scale, Tensor offset, int bits, "
-      "float eps=1e-8) -> Tensor");
+      "float eps=1e-8, float gradient_scale=1) -> Tensor");
   define(
-      "fake_quantize_min_max(Tensor x, Tensor min, Tensor max, int bits, float eps=1e-8) -> "
-      "Tensor");
+      "fake_quantize_min_max(Tensor x, Tensor min, Tensor max, int bits, float eps=1e-8, "
+      "float gradient_scale=1) -> Tensor");
   define(
       "fake_quantize_beta_gamma(Tensor x, Tensor beta, Tensor gamma, Tensor min, Tensor max, "
-      "int bits, bool sigmoid=False, float eps=1e-8) -> Tensor");
+      "int bits, bool sigmoid=False, float eps=1e-8, " +
+      linked + ") -> Tensor");
   define(
       "fake_quantize_kscale_koffset(Tensor x, Tensor kscale, Tensor koffset, int bits, "
-      "float eps=1e-8) -> Tensor");
+      "float eps=1e-8, float gradient_scale=1) -> Tensor");
   define(
       "fake_quantize_symmetric_scale(Tensor x, Tensor scale, int bits, float eps=1e-8, "
-      "bool full_range=False) -> Tensor");
+      "bool full_range=False, float gradient_scale=1) -> Tensor");
   define(
       "fake_quantize_symmetric_max(Tensor x, Tensor max, int bits, float eps=1e-8, "
-      "bool full_range=False) -> Tensor");
+      "bool full_range=False, float gradient_scale=1) -> Tensor");
   define(
       "fake_quantize_symmetric_gamma(Tensor x, Tensor gamma, Tensor max, int bits, "
-      "bool sigmoid=False, float eps=1e-8, bool full_range=False) -> Tensor");
+      "bool sigmoid=False, float eps=1e-8, bool full_range=False, " +
+      linked + ") -> Tensor");
   define(
       "fake_quantize_dynamic_beta_gamma(Tensor x, Tensor beta, Tensor gamma, int? group, int bits, "
-      "bool sigmoid=False, float eps=1e-8) -> Tensor");
+      "bool sigmoid=False, float eps=1e-8, " +
+      linked + ") -> Tensor");
   define(
       "fake_quantize_dynamic_symmetric_gamma(Tensor x, Tensor gamma, int? group, int bits, "
-      "bool sigmoid=False, bool full_range=False, float eps=1e-8) -> Tensor");
+      "bool sigmoid=False, bool full_range=False, float eps=1e-8, " +
+      linked + ") -> Tensor");
   define(
       "effective_scale_offset(str parameterization, Tensor[] parameters, int bits, "
-      "bool symmetric=False, bool sigmoid=False, float eps=1e-8, bool full_range=False) -> "
-      "Tensor[]");
+      "bool symmetric=False, bool sigmoid=False, float eps=1e-8, bool full_range=False, "
+      "str link=\"identity\") -> Tensor[]");
   define(
       "parameters_of_range(str parameterization, Tensor min, Tensor max, int bits, "
-      "bool symmetric=False, bool sigmoid=False, bool full_range=False) -> Tensor[]");
+      "bool symmetric=False, bool sigmoid=False, bool full_range=False, "
+      "str link=\"identity\") -> Tensor[]");
   define(
       "range_of_extrema(Tensor min, Tensor max, int bits, bool symmetric=False, "
       "bool force_zero=True, float fallback=1.0, float eps=1e-8, bool full_range=False) -> "
@@ -94,7 +100,8 @@ TORCH_LIBRARY(asymq, m) {
   define("_fake_quantize_dynamic(Tensor x, " + live_quantizer_schema() + ") -> Tensor");
   define(
       "_fake_quantize_live(Tensor x, Tensor first, Tensor? second, int? group, int bits, "
-      "bool sigmoid=False, bool full_range=False, float eps=1e-8) -> Tensor");
+      "bool sigmoid=False, bool full_range=False, float eps=1e-8, " +
+      linked + ") -> Tensor");
   define("_fake_quantize_dynamic_backward(Tensor grad, Tensor x, " + live_quantizer_schema() +
          ", bool[3] needs) -> (Tensor, Tensor, Tensor)");
   // statistics: of each row the largest masked score and the sum of exponentials.

@@ -63,7 +63,7 @@ struct Dynamic {
 
   __device__ void store_gradient(int64_t factor, const RangeGradient& total) const {
     const auto gradient = [&](const P* learned, double sum) {
-      return static_cast<P>(factor_gradient(factors.kind, learned[factor], sum));
+      return static_cast<P>(learned_gradient(factors.kind, learned[factor], sum));
     };
     if (first != nullptr) first[factor] = gradient(factors.first, total.first);
     if (second != nullptr) second[factor] = gradient(factors.second, total.second);

@@ -208,8 +208,8 @@ __device__ __forceinline__ void finish_row_sums(const RowQuantizer<P>& quantizer
   const Range<P> range = quantizer.ranges.load(0);
   RangeGradient gradient;
   if (quantizer.ends == Ends::kToken) {
-    gradient = {factor_gradient(kind, range.first, sums.inside),
-                factor_gradient(kind, range.second, sums.below)};
+    gradient = {learned_gradient(kind, range.first, sums.inside),
+                learned_gradient(kind, range.second, sums.below)};
   } else {
     gradient = range_gradient(kind, make_gradient_map<T>(kind, range), sums);
   }

@@ -12,6 +12,10 @@ Common to all functions:
 - ``eps`` is the least effective scale: s = max(raw s, eps). The gradient passes straight through.
 - ``full_range`` gives a symmetric grid one more step below zero: codes -(k+1)/2 to (k-1)/2, such as
   -8 to 7 with 4 bits, and k + 1 for k in the scale.
+- ``link`` is f, of which a learned factor v is applied as f(v): "identity" v, "sigmoid" σ(v)
+  (which ``sigmoid=True`` asks for, too), "exp" e^v, "softplus" log(1 + e^v), or "clamp", v held in
+  [1/4, 4], whose gradient passes straight through. It is computed in float64 and rounded once.
+- ``gradient_scale`` is positive: the gradients of the learned parameters are multiplied by it.
 - A grid starts at s·rint(z): torch's ``zero_point`` is -rint(z) with quant_min 0, quant_max k.
 - Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
   Ranges for Quantization-Aware Training". NaN counts as inside the range, infinities saturate.
@@ -49,17 +53,29 @@ _quantized_kl_div = _ops.quantized_kl_div.default
 
 
 def fake_quantize_scale_offset(
-    x: Tensor, scale: Tensor, offset: Tensor, *, bits: int, eps: float = 1e-8
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """x̂ = s·clip(rint(x/s), rint(z), rint(z) + k) with learned scale s and offset z (eq. 1)."""
-    return _scale_offset(x, scale, offset, bits, eps)
+    return _scale_offset(x, scale, offset, bits, eps, gradient_scale)
 
 
 def fake_quantize_min_max(
-    x: Tensor, min: Tensor, max: Tensor, *, bits: int, eps: float = 1e-8
+    x: Tensor,
+    min: Tensor,
+    max: Tensor,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Learned ends of the range: s = (max - min)/k, z = min/s (eq. 1)."""
-    return _min_max(x, min, max, bits, eps)
+    return _min_max(x, min, max, bits, eps, gradient_scale)
 
 
 def fake_quantize_beta_gamma(
@@ -72,32 +88,52 @@ def fake_quantize_beta_gamma(
     bits: int,
     sigmoid: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Learned factors on constant ends: the range is β·min to γ·max, with ``sigmoid`` σ(β)·min to
-    σ(γ)·max (eq. 3). ``min`` and ``max`` must not require grad.
+    """Learned factors on constant ends: the range is f(β)·min to f(γ)·max (eq. 3), where f is the
+    ``link``. ``min`` and ``max`` must not require grad.
     """
-    return _beta_gamma(x, beta, gamma, min, max, bits, sigmoid, eps)
+    return _beta_gamma(x, beta, gamma, min, max, bits, sigmoid, eps, link, gradient_scale)
 
 
 def fake_quantize_kscale_koffset(
-    x: Tensor, kscale: Tensor, koffset: Tensor, *, bits: int, eps: float = 1e-8
+    x: Tensor,
+    kscale: Tensor,
+    koffset: Tensor,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Learned scale and offset freed of the bit width: s = kscale/k, z = k·koffset (eq. 9)."""
-    return _kscale_koffset(x, kscale, koffset, bits, eps)
+    return _kscale_koffset(x, kscale, koffset, bits, eps, gradient_scale)
 
 
 def fake_quantize_symmetric_scale(
-    x: Tensor, scale: Tensor, *, bits: int, eps: float = 1e-8, full_range: bool = False
+    x: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    full_range: bool = False,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Symmetric grid of indices -(k-1)/2 to (k-1)/2 with a learned scale s (eq. 10)."""
-    return _symmetric_scale(x, scale, bits, eps, full_range)
+    return _symmetric_scale(x, scale, bits, eps, full_range, gradient_scale)
 
 
 def fake_quantize_symmetric_max(
-    x: Tensor, max: Tensor, *, bits: int, eps: float = 1e-8, full_range: bool = False
+    x: Tensor,
+    max: Tensor,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    full_range: bool = False,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Symmetric grid with a learned end: s = 2·max/k (Table 3)."""
-    return _symmetric_max(x, max, bits, eps, full_range)
+    return _symmetric_max(x, max, bits, eps, full_range, gradient_scale)
 
 
 def fake_quantize_symmetric_gamma(
@@ -109,11 +145,13 @@ def fake_quantize_symmetric_gamma(
     sigmoid: bool = False,
     eps: float = 1e-8,
     full_range: bool = False,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Symmetric grid with a learned factor on a constant end: s = 2γ·max/k, with ``sigmoid``
-    2σ(γ)·max/k (Table 3). ``max`` must not require grad.
+    """Symmetric grid with a learned factor on a constant end: s = 2f(γ)·max/k (Table 3), where f is
+    the ``link``. ``max`` must not require grad.
     """
-    return _symmetric_gamma(x, gamma, max, bits, sigmoid, eps, full_range)
+    return _symmetric_gamma(x, gamma, max, bits, sigmoid, eps, full_range, link, gradient_scale)
 
 
 def fake_quantize_dynamic_beta_gamma(
@@ -125,18 +163,20 @@ def fake_quantize_dynamic_beta_gamma(
     bits: int,
     sigmoid: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Learned factors on the live range of every token (eq. 3).
 
     x is [..., D]. Each ``group`` of consecutive elements of the last axis (None: all D, the token)
     has the range of its own elements with zero in it: θmin = min(0, min x), θmax = max(0, max x),
-    s = (γθmax - βθmin)/k and z = βθmin/s; with ``sigmoid`` σ(β) and σ(γ). θmin and θmax are
-    constants to the gradient.
+    s = (γθmax - βθmin)/k and z = βθmin/s, with f(β) and f(γ) for them where there is a ``link``.
+    θmin and θmax are constants to the gradient.
 
     beta, gamma: of one shape, with one value or D/group (one per position in the token), which all
     tokens share. A NaN or infinity makes its own group NaN and no other. Saves x alone.
     """
-    return _dynamic_beta_gamma(x, beta, gamma, group, bits, sigmoid, eps)
+    return _dynamic_beta_gamma(x, beta, gamma, group, bits, sigmoid, eps, link, gradient_scale)
 
 
 def fake_quantize_dynamic_symmetric_gamma(
@@ -148,11 +188,15 @@ def fake_quantize_dynamic_symmetric_gamma(
     sigmoid: bool = False,
     full_range: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """:func:`fake_quantize_dynamic_beta_gamma` with a symmetric grid: θmax = max |x|, s = γθmax/h
     with h = (k-1)/2, so that at γ = 1 the largest element is on the grid; in full range (k+1)/2.
     """
-    return _dynamic_symmetric_gamma(x, gamma, group, bits, sigmoid, full_range, eps)
+    return _dynamic_symmetric_gamma(
+        x, gamma, group, bits, sigmoid, full_range, eps, link, gradient_scale
+    )
 
 
 def _fake_quantize_live(
@@ -164,6 +208,8 @@ def _fake_quantize_live(
     sigmoid: bool = False,
     full_range: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """A weight on the live range of its rows or groups: fake_quantize_beta_gamma, or its symmetric
     counterpart, with the extrema of every group of x (max(-min, max) if symmetric) as constants.
@@ -172,7 +218,7 @@ def _fake_quantize_live(
     group, in the order of the groups.
     """
     first, second = factors if not symmetric else (*factors, None)
-    return _live(x, first, second, group, bits, sigmoid, full_range, eps)
+    return _live(x, first, second, group, bits, sigmoid, full_range, eps, link, gradient_scale)
 
 
 def quantize(
@@ -230,6 +276,7 @@ def effective_scale_offset(
     sigmoid: bool = False,
     eps: float = 1e-8,
     full_range: bool = False,
+    link: str = "identity",
 ) -> tuple[Tensor, Tensor | None]:
     """Guarded scale and offset (None if symmetric) of a parameterization, without gradient.
 
@@ -238,7 +285,7 @@ def effective_scale_offset(
     order of the function of that name, constants included.
     """
     result = _effective_scale_offset(
-        parameterization, parameters, bits, symmetric, sigmoid, eps, full_range
+        parameterization, parameters, bits, symmetric, sigmoid, eps, full_range, link
     )
     return result[0], (None if symmetric else result[1])
 
@@ -285,6 +332,8 @@ class RangeArguments(NamedTuple):
     full_range: bool = False
     token: bool = False
     group: int | None = None
+    link: str = "identity"
+    gradient_scale: float = 1.0
 
 
 # What the operators take that can do without a range.

@@ -19,7 +19,8 @@ range parameter's gradient is a linear map of three sums over the elements that 
     G_in = Σ_inside g * (r - x/s)      G_lo = Σ_below g      G_up = Σ_above g
 
 A parameterization is therefore two functions, parameters -> (s, z) and sums -> gradients: one class
-below and one entry of PARAMETERIZATIONS. The paper's Table 1 mixes three conventions; the rows here
+below and one entry of PARAMETERIZATIONS. Where it has factors, they are what a link makes of the
+learned values. The paper's Table 1 mixes three conventions; the rows here
 are the derivatives of its eq. 1.
 
 Granularity is the shape of the range tensors: one element, or as many dimensions as x, each of size
@@ -28,7 +29,7 @@ Granularity is the shape of the range tensors: one element, or as many dimension
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -130,56 +131,20 @@ class MinMax(Parameterization):
         return _d_ends(sums, grid, k)
 
 
-class _Factors(Parameterization):
-    """The factors are what is learned."""
-
-    @staticmethod
-    def factor(learned: Tensor) -> Tensor:
-        return learned
-
-    @staticmethod
-    def d_factor(learned: Tensor) -> Tensor | float:
-        return 1.0
-
-
-class BetaGamma(_Factors):
+class BetaGamma(Parameterization):
     """Learns factors of the constant ends: s = (γ θmax - β θmin)/k, z = β θmin/s (eq. 3)."""
 
-    @classmethod
-    def grid(
-        cls, k: int, eps: float, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
-    ) -> Grid:
-        return MinMax.grid(k, eps, cls.factor(beta) * low, cls.factor(gamma) * high)
+    @staticmethod
+    def grid(k: int, eps: float, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor) -> Grid:
+        return MinMax.grid(k, eps, beta * low, gamma * high)
 
-    @classmethod
+    @staticmethod
     def gradients(
-        cls, sums: Sums, grid: Grid, k: int, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
+        sums: Sums, grid: Grid, k: int, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
     ) -> tuple[Tensor, ...]:
         """Table 1, last two rows: the rows of the ends times θmin and θmax."""
         d_low, d_high = _d_ends(sums, grid, k)
-        return (
-            d_low * low.double() * cls.d_factor(beta),
-            d_high * high.double() * cls.d_factor(gamma),
-        )
-
-
-class _Sigmoid:
-    """The factors are σ(β) and σ(γ) (eq. 3), as in OmniQuant."""
-
-    @staticmethod
-    def factor(learned: Tensor) -> Tensor:
-        """σ in float64, rounded once: float32 sigmoids differ between libraries."""
-        return learned.double().sigmoid().to(learned.dtype)
-
-    @staticmethod
-    def d_factor(learned: Tensor) -> Tensor:
-        """σ(1 - σ), not from the rounded σ, with which it vanishes beyond 17.4."""
-        learned = learned.double()
-        return learned.sigmoid() * (-learned).sigmoid()
-
-
-class BetaGammaSigmoid(_Sigmoid, BetaGamma):
-    pass
+        return d_low * low.double(), d_high * high.double()
 
 
 class KScaleKOffset(Parameterization):
@@ -228,25 +193,21 @@ class SymmetricMax(Parameterization):
         return (_d_scale(sums, grid, k) / cls.half(k),)
 
 
-class SymmetricGamma(_Factors):
+class SymmetricGamma(Parameterization):
     """Learns a factor of the constant upper end: s = 2 γ θmax/k (Table 3)."""
 
     end: ClassVar[type[SymmetricMax]] = SymmetricMax
 
     @classmethod
     def grid(cls, k: int, eps: float, gamma: Tensor, high: Tensor) -> Grid:
-        return cls.end.grid(k, eps, cls.factor(gamma) * high)
+        return cls.end.grid(k, eps, gamma * high)
 
     @classmethod
     def gradients(
         cls, sums: Sums, grid: Grid, k: int, gamma: Tensor, high: Tensor
     ) -> tuple[Tensor, ...]:
         (d_high,) = cls.end.gradients(sums, grid, k)
-        return (d_high * high.double() * cls.d_factor(gamma),)
-
-
-class SymmetricGammaSigmoid(_Sigmoid, SymmetricGamma):
-    pass
+        return (d_high * high.double(),)
 
 
 class SymmetricScaleFullRange(SymmetricScale):
@@ -259,10 +220,6 @@ class SymmetricMaxFullRange(SymmetricMax):
 
 class SymmetricGammaFullRange(SymmetricGamma):
     end = SymmetricMaxFullRange
-
-
-class SymmetricGammaSigmoidFullRange(_Sigmoid, SymmetricGammaFullRange):
-    pass
 
 
 class _MaxOnGrid(SymmetricMax):
@@ -280,26 +237,18 @@ class TokenGamma(SymmetricGamma):
     end = _MaxOnGrid
 
 
-class TokenGammaSigmoid(_Sigmoid, TokenGamma):
-    pass
-
-
 PARAMETERIZATIONS: dict[str, type[Parameterization]] = {
     "scale_offset": ScaleOffset,
     "min_max": MinMax,
     "beta_gamma": BetaGamma,
-    "beta_gamma_sigmoid": BetaGammaSigmoid,
     "kscale_koffset": KScaleKOffset,
     "symmetric_scale": SymmetricScale,
     "symmetric_max": SymmetricMax,
     "symmetric_gamma": SymmetricGamma,
-    "symmetric_gamma_sigmoid": SymmetricGammaSigmoid,
     "symmetric_scale_full_range": SymmetricScaleFullRange,
     "symmetric_max_full_range": SymmetricMaxFullRange,
     "symmetric_gamma_full_range": SymmetricGammaFullRange,
-    "symmetric_gamma_sigmoid_full_range": SymmetricGammaSigmoidFullRange,
     "token_gamma": TokenGamma,
-    "token_gamma_sigmoid": TokenGammaSigmoid,
 }
 
 _SYMMETRIC = {
@@ -307,6 +256,37 @@ _SYMMETRIC = {
     "min_max": "symmetric_max",
     "beta_gamma": "symmetric_gamma",
 }
+
+
+class Link(NamedTuple):
+    """f(v), what a learned factor becomes before it is applied, and f'(v), both in float64."""
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+LINKS = {
+    "identity": Link(lambda v: v, torch.ones_like),
+    # As in OmniQuant. σ(1 - σ) would vanish beyond 37.
+    "sigmoid": Link(torch.sigmoid, lambda v: v.sigmoid() * (-v).sigmoid()),
+    "exp": Link(torch.exp, torch.exp),
+    "softplus": Link(lambda v: v.clamp(min=0) + (-v.abs()).exp().log1p(), torch.sigmoid),
+    # The gradient passes straight through.
+    "clamp": Link(lambda v: v.clamp(1 / 4, 4), torch.ones_like),
+}
+
+
+def apply_link(link: str, learned: Tensor) -> Tensor:
+    """f in float64, rounded once: float32 functions differ between libraries."""
+    return LINKS[link].value(learned.double()).to(learned.dtype)
+
+
+def _applied(link: str, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The parameters as they are applied: every factor has an end, which follows them."""
+    if link == "identity":
+        return parameters
+    half = len(parameters) // 2
+    return *(apply_link(link, v) for v in parameters[:half]), *parameters[half:]
 
 
 # ---- elements ----------------------------------------------------------------------------------
@@ -405,8 +385,8 @@ class _FakeQuantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, name, k, eps, *parameters):
-        grid = PARAMETERIZATIONS[name].grid(k, eps, *parameters)
+    def forward(x, name, k, eps, link, gradient_scale, *parameters):
+        grid = PARAMETERIZATIONS[name].grid(k, eps, *_applied(link, parameters))
         blocks, _, r, scale, n, p = _elements(x, grid, k)
         # Compare and select: NaN counts as inside, and clamp's own gradient plays no part.
         r = torch.where(r < n, n, torch.where(r > p, p, r))
@@ -414,7 +394,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.name, ctx.k, ctx.eps, *parameters = inputs
+        x, ctx.name, ctx.k, ctx.eps, ctx.link, ctx.gradient_scale, *parameters = inputs
         ctx.save_for_backward(x, *parameters)
 
     @staticmethod
@@ -423,16 +403,17 @@ class _FakeQuantize(torch.autograd.Function):
         with torch.no_grad():
             gradients = _FakeQuantize.gradients(ctx, grad, x, *parameters)
         if torch.compiler.is_compiling():  # what is compiled is not differentiated again
-            return gradients[0], None, None, None, *gradients[1:]
+            return gradients[0], *[None] * 5, *gradients[1:]
         of = [None if g is None else _Once.apply(g, grad, x, *parameters) for g in gradients]
-        return of[0], None, None, None, *of[1:]
+        return of[0], *[None] * 5, *of[1:]
 
     @staticmethod
     def gradients(ctx, grad, x, *parameters):
         """Of x and the parameters, None where not needed."""
-        need_x, _, _, _, *need_parameters = ctx.needs_input_grad
+        need_x, _, _, _, _, _, *need_parameters = ctx.needs_input_grad
         parameterization = PARAMETERIZATIONS[ctx.name]
-        grid = parameterization.grid(ctx.k, ctx.eps, *parameters)
+        applied = _applied(ctx.link, parameters)
+        grid = parameterization.grid(ctx.k, ctx.eps, *applied)
         blocks, u, r, _, n, p = _elements(x, grid, ctx.k)
         below, above = r < n, r > p
         outside = below | above
@@ -448,19 +429,45 @@ class _FakeQuantize(torch.autograd.Function):
                 blocks.sum(torch.where(below, g, 0)),
                 blocks.sum(torch.where(above, g, 0)),
             )
-            rows = parameterization.gradients(sums, grid, ctx.k, *parameters)
+            rows = parameterization.gradients(sums, grid, ctx.k, *applied)
             for i, (row, parameter) in enumerate(zip(rows, parameters, strict=False)):
                 if need_parameters[i]:
-                    gradients[i] = row.to(parameter.dtype)
+                    row = LINKS[ctx.link].derivative(parameter.double()) * row
+                    gradients[i] = (ctx.gradient_scale * row).to(parameter.dtype)
         return grad_x, *gradients
 
 
-def _fake_quantize(name: str, x: Tensor, bits: int, eps: float, *parameters: Tensor) -> Tensor:
-    return _FakeQuantize.apply(x, name, 2**bits - 1, eps, *parameters)
+def _fake_quantize(
+    name: str,
+    x: Tensor,
+    bits: int,
+    eps: float,
+    gradient_scale: float,
+    *parameters: Tensor,
+    link: str = "identity",
+) -> Tensor:
+    if not 0 < gradient_scale < float("inf"):
+        raise RuntimeError(
+            f"asymq.reference: gradient_scale must be positive and finite, got {gradient_scale}"
+        )
+    return _FakeQuantize.apply(x, name, 2**bits - 1, eps, link, gradient_scale, *parameters)
 
 
-def _name(name: str, sigmoid: bool = False, full_range: bool = False) -> str:
-    return name + "_sigmoid" * sigmoid + "_full_range" * full_range
+def _name(name: str, full_range: bool) -> str:
+    return name + "_full_range" * full_range
+
+
+def _link(sigmoid: bool, link: str) -> str:
+    """What both arguments ask for."""
+    if link not in LINKS:
+        raise RuntimeError(f"asymq.reference: link must be one of {', '.join(LINKS)}, got {link!r}")
+    if not sigmoid:
+        return link
+    if link not in ("identity", "sigmoid"):
+        raise RuntimeError(
+            f"asymq.reference: sigmoid is a link itself: leave it or link={link!r} out"
+        )
+    return "sigmoid"
 
 
 # ---- live ranges -------------------------------------------------------------------------------
@@ -472,9 +479,10 @@ def _live(
     group: int | None,
     bits: int,
     symmetric: bool,
-    sigmoid: bool,
     full_range: bool,
     eps: float,
+    link: str,
+    gradient_scale: float,
     token: bool,
 ) -> Tensor:
     """The static quantizer on [..., groups of a row, elements of a group], whose constant ends are
@@ -517,12 +525,13 @@ def _live(
     learned = [f.double().reshape(view).expand(shape).to(f.dtype) for f in factors]
 
     if not symmetric:
-        name = _name("beta_gamma", sigmoid)
+        name = "beta_gamma"
     elif token and not full_range:
-        name = _name("token_gamma", sigmoid)
+        name = "token_gamma"
     else:
-        name = _name("symmetric_gamma", sigmoid, full_range)
-    return _fake_quantize(name, blocks, bits, eps, *learned, *ends).reshape(x.shape)
+        name = _name("symmetric_gamma", full_range)
+    out = _fake_quantize(name, blocks, bits, eps, gradient_scale, *learned, *ends, link=link)
+    return out.reshape(x.shape)
 
 
 def _constant(**tensors: Tensor) -> None:
@@ -542,51 +551,85 @@ def _constant(**tensors: Tensor) -> None:
 # shape does not fit x's, constants that require grad.
 
 
-def fake_quantize_scale_offset(x, scale, offset, *, bits: int, eps: float = 1e-8) -> Tensor:
+def fake_quantize_scale_offset(
+    x, scale, offset, *, bits: int, eps: float = 1e-8, gradient_scale: float = 1.0
+) -> Tensor:
     """Learns scale and offset: see ScaleOffset."""
-    return _fake_quantize("scale_offset", x, bits, eps, scale, offset)
+    return _fake_quantize("scale_offset", x, bits, eps, gradient_scale, scale, offset)
 
 
-def fake_quantize_min_max(x, min, max, *, bits: int, eps: float = 1e-8) -> Tensor:
+def fake_quantize_min_max(
+    x, min, max, *, bits: int, eps: float = 1e-8, gradient_scale: float = 1.0
+) -> Tensor:
     """Learns both ends of the range: see MinMax."""
-    return _fake_quantize("min_max", x, bits, eps, min, max)
+    return _fake_quantize("min_max", x, bits, eps, gradient_scale, min, max)
 
 
 def fake_quantize_beta_gamma(
-    x, beta, gamma, min, max, *, bits: int, sigmoid: bool = False, eps: float = 1e-8
+    x,
+    beta,
+    gamma,
+    min,
+    max,
+    *,
+    bits: int,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Learns factors of the constant ends min and max: see BetaGamma and BetaGammaSigmoid."""
+    """Learns factors of the constant ends min and max: see BetaGamma and LINKS."""
     _constant(min=min, max=max)
-    return _fake_quantize(_name("beta_gamma", sigmoid), x, bits, eps, beta, gamma, min, max)
+    link = _link(sigmoid, link)
+    parameters = beta, gamma, min, max
+    return _fake_quantize("beta_gamma", x, bits, eps, gradient_scale, *parameters, link=link)
 
 
-def fake_quantize_kscale_koffset(x, kscale, koffset, *, bits: int, eps: float = 1e-8) -> Tensor:
+def fake_quantize_kscale_koffset(
+    x, kscale, koffset, *, bits: int, eps: float = 1e-8, gradient_scale: float = 1.0
+) -> Tensor:
     """Learns scale and offset multiplied and divided by k: see KScaleKOffset."""
-    return _fake_quantize("kscale_koffset", x, bits, eps, kscale, koffset)
+    return _fake_quantize("kscale_koffset", x, bits, eps, gradient_scale, kscale, koffset)
 
 
 def fake_quantize_symmetric_scale(
-    x, scale, *, bits: int, eps: float = 1e-8, full_range: bool = False
+    x,
+    scale,
+    *,
+    bits: int,
+    eps: float = 1e-8,
+    full_range: bool = False,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Learns the scale of a symmetric grid: see SymmetricScale."""
-    name = _name("symmetric_scale", full_range=full_range)
-    return _fake_quantize(name, x, bits, eps, scale)
+    name = _name("symmetric_scale", full_range)
+    return _fake_quantize(name, x, bits, eps, gradient_scale, scale)
 
 
 def fake_quantize_symmetric_max(
-    x, max, *, bits: int, eps: float = 1e-8, full_range: bool = False
+    x, max, *, bits: int, eps: float = 1e-8, full_range: bool = False, gradient_scale: float = 1.0
 ) -> Tensor:
     """Learns the upper end of a symmetric grid: see SymmetricMax."""
-    return _fake_quantize(_name("symmetric_max", full_range=full_range), x, bits, eps, max)
+    return _fake_quantize(_name("symmetric_max", full_range), x, bits, eps, gradient_scale, max)
 
 
 def fake_quantize_symmetric_gamma(
-    x, gamma, max, *, bits: int, sigmoid: bool = False, eps: float = 1e-8, full_range: bool = False
+    x,
+    gamma,
+    max,
+    *,
+    bits: int,
+    sigmoid: bool = False,
+    eps: float = 1e-8,
+    full_range: bool = False,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Learns a factor of the constant upper end max of a symmetric grid: see SymmetricGamma."""
+    """Learns a factor of the constant upper end max of a symmetric grid: see SymmetricGamma and
+    LINKS."""
     _constant(max=max)
-    name = _name("symmetric_gamma", sigmoid, full_range)
-    return _fake_quantize(name, x, bits, eps, gamma, max)
+    name, link = _name("symmetric_gamma", full_range), _link(sigmoid, link)
+    return _fake_quantize(name, x, bits, eps, gradient_scale, gamma, max, link=link)
 
 
 def fake_quantize_dynamic_beta_gamma(
@@ -598,10 +641,13 @@ def fake_quantize_dynamic_beta_gamma(
     bits: int,
     sigmoid: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Learns factors, shared by all tokens, of the ends of each token, or of each `group` of its
     elements, with zero in the range: θmin = min(0, min x), θmax = max(0, max x)."""
-    return _live(x, (beta, gamma), group, bits, False, sigmoid, False, eps, token=True)
+    link, factors = _link(sigmoid, link), (beta, gamma)
+    return _live(x, factors, group, bits, False, False, eps, link, gradient_scale, token=True)
 
 
 def fake_quantize_dynamic_symmetric_gamma(
@@ -613,9 +659,12 @@ def fake_quantize_dynamic_symmetric_gamma(
     sigmoid: bool = False,
     full_range: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """The same with a symmetric grid and θmax = max |x|: see TokenGamma."""
-    return _live(x, (gamma,), group, bits, True, sigmoid, full_range, eps, token=True)
+    link = _link(sigmoid, link)
+    return _live(x, (gamma,), group, bits, True, full_range, eps, link, gradient_scale, token=True)
 
 
 def _fake_quantize_live(
@@ -627,10 +676,23 @@ def _fake_quantize_live(
     sigmoid: bool = False,
     full_range: bool = False,
     eps: float = 1e-8,
+    link: str = "identity",
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """A weight's factors, one, one for every group of a row or one for every group, on the extrema
     of its groups as they are."""
-    return _live(x, factors, group, bits, symmetric, sigmoid, full_range, eps, token=False)
+    return _live(
+        x,
+        factors,
+        group,
+        bits,
+        symmetric,
+        full_range,
+        eps,
+        _link(sigmoid, link),
+        gradient_scale,
+        token=False,
+    )
 
 
 def _grid(scale: Tensor, offset: Tensor | None, k: int, eps: float, full_range: bool) -> Grid:
@@ -706,6 +768,7 @@ def effective_scale_offset(
     sigmoid: bool = False,
     eps: float = 1e-8,
     full_range: bool = False,
+    link: str = "identity",
 ) -> tuple[Tensor, Tensor | None]:
     """The guarded scale and the offset (None if symmetric) of any parameterization.
 
@@ -713,13 +776,13 @@ def effective_scale_offset(
     of its fake_quantize function, in that order. ValueError: no such combination.
     """
     name = _SYMMETRIC.get(parameterization, "") if symmetric else parameterization
-    name = _name(name, sigmoid, full_range)
-    if name not in PARAMETERIZATIONS:
+    name, link = _name(name, full_range), _link(sigmoid, link)
+    if name not in PARAMETERIZATIONS or (link != "identity" and parameterization != "beta_gamma"):
         raise ValueError(
             f"asymq.reference: no parameterization {parameterization!r} with "
-            f"symmetric={symmetric}, sigmoid={sigmoid} and full_range={full_range}"
+            f"symmetric={symmetric}, link={link!r} and full_range={full_range}"
         )
-    grid = PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *parameters)
+    grid = PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *_applied(link, parameters))
     return grid.scale, grid.offset
 
 

@@ -26,12 +26,10 @@ using asymq::QuantizerKind;
 using asymq::Range;
 using asymq::Sums;
 
-int position_of(const std::string& name, bool sigmoid = false, bool full_range = false) {
+int position_of(const std::string& name, bool full_range = false) {
   for (int i = 0; i < static_cast<int>(std::size(asymq::Parameterizations::traits)); ++i) {
     const asymq::Traits& traits = asymq::Parameterizations::traits[i];
-    if (name == traits.name && sigmoid == traits.sigmoid && full_range == traits.full_range) {
-      return i;
-    }
+    if (name == traits.name && full_range == traits.full_range) return i;
   }
   return -1;
 }
@@ -119,16 +117,15 @@ TEST(Parameterization, EachNameAppearsOnce) {
   EXPECT_GE(position_of("beta_gamma", true), 0);
   EXPECT_GE(position_of("symmetric_gamma", true), 0);
   for (const char* name : {"symmetric_scale", "symmetric_max", "symmetric_gamma"}) {
-    EXPECT_GE(position_of(name, false, true), 0) << name;
+    EXPECT_GE(position_of(name, true), 0) << name;
   }
-  EXPECT_GE(position_of("symmetric_gamma", true, true), 0);
 }
 
 TEST(Parameterization, FullRangeHasOneMoreStepBelowZero) {
   const Range<float> range{4.0f, 0, 0, 0};
   const auto grid_of = [&](bool full_range) {
     return asymq::make_grid<float>(
-        asymq::make_kind(position_of("symmetric_max", false, full_range), 4, 1e-8), range);
+        asymq::make_kind(position_of("symmetric_max", full_range), 4, 1e-8), range);
   };
   EXPECT_EQ(grid_of(true).scale, 0.5f);
   EXPECT_EQ(grid_of(true).lower, -8.0f);
@@ -159,7 +156,7 @@ TEST(LiveRange, EndsOfATokenAndOfAWeight) {
 
 TEST(LiveRange, ATokensLargestElementIsOnTheGrid) {
   const auto scale = [](bool token, bool full_range) {
-    const auto position = position_of("symmetric_gamma", false, full_range);
+    const auto position = position_of("symmetric_gamma", full_range);
     const auto kind = asymq::make_kind(position, 4, 1e-8, token);
     return asymq::live_scale_offset(kind, asymq::Factors<float>{1, 0}, {-7, 7}).scale;
   };
@@ -188,6 +185,42 @@ TEST(Parameterization, MinMaxGridAndGradient) {
   const double zeta = 0.5 / 15;
   EXPECT_DOUBLE_EQ(gradient.first, -3.0 / 15 + (1 - zeta) * 5 - zeta * 7);
   EXPECT_DOUBLE_EQ(gradient.second, 3.0 / 15 + zeta * 5 + (1 + zeta) * 7);
+}
+
+TEST(Parameterization, Links) {
+  using asymq::Link;
+  ASSERT_EQ(std::size(asymq::kLinks), 5u);
+  for (int i = 0; i < static_cast<int>(std::size(asymq::kLinks)); ++i) {
+    const Link link{i};
+    EXPECT_EQ(asymq::find_link(asymq::kLinks[i].name), i);
+    const double first = asymq::linked(link, asymq::first_factor(link));
+    EXPECT_NEAR(first, link == Link::sigmoid ? 1 / (1 + std::exp(-4.0)) : 1.0, 1e-15);
+    for (const double value : {-2.0, 0.3, 0.9, 3.5}) {
+      constexpr double step = 1e-6;
+      const double difference =
+          (asymq::linked(link, value + step) - asymq::linked(link, value - step)) / (2 * step);
+      const double expected = link == Link::clamp ? 1.0 : difference;
+      EXPECT_NEAR(asymq::link_derivative(link, value), expected, 1e-6) << i << ' ' << value;
+    }
+    EXPECT_TRUE(std::isnan(asymq::linked(link, std::numeric_limits<double>::quiet_NaN())));
+  }
+  EXPECT_EQ(asymq::find_link("tanh"), -1);
+  EXPECT_EQ(asymq::linked(Link::clamp, -3), 0.25);
+  EXPECT_EQ(asymq::linked(Link::clamp, 9), 4);
+  EXPECT_EQ(asymq::linked(Link::softplus, 1000), 1000);
+  EXPECT_GT(asymq::linked(Link::softplus, -700), 0);
+}
+
+TEST(Parameterization, GradientScaleIsAFactor) {
+  const Range<float> range{0.5f, -0.25f, -1.25f, 6.25f};
+  const Sums<double> sums{3, 5, 7};
+  const auto gradient = [&](double scale) {
+    const auto kind =
+        asymq::make_kind(position_of("beta_gamma"), 4, 1e-8, false, asymq::Link::exp, scale);
+    return asymq::range_gradient(kind, asymq::make_gradient_map<float>(kind, range), sums);
+  };
+  EXPECT_EQ(gradient(0.25).first, 0.25 * gradient(1).first);
+  EXPECT_EQ(gradient(0.25).second, 0.25 * gradient(1).second);
 }
 
 TEST(Parameterization, SigmoidDerivativeSurvivesSaturation) {

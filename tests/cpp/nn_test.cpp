@@ -559,6 +559,10 @@ TEST_P(ModuleTest, Options) {
   check(QuantizerOptions().eps(0), {"eps", "positive", "got 0"});
   check(of("alpha"), {"parameterization", "min_max", "alpha"});
   check(of("scale_offset").sigmoid(true), {"sigmoid", "beta_gamma", "got scale_offset"});
+  check(of("min_max").link("exp"), {"link exp", "beta_gamma", "got min_max"});
+  check(QuantizerOptions().link("tanh"), {"link", "softplus", "got tanh"});
+  check(QuantizerOptions().sigmoid(true).link("exp"), {"sigmoid", "link exp"});
+  check(QuantizerOptions().gradient_scale(0), {"gradient_scale", "positive", "got 0"});
   check(of("kscale_koffset").symmetric(true), {"symmetric", "min_max", "got kscale_koffset"});
   check(of("scale_offset").fix_min(true), {"fix_min", "min_max", "got scale_offset"});
   check(of("min_max").fix_min(true).symmetric(true), {"fix_min", "got symmetric min_max"});

@@ -143,11 +143,9 @@ def test_heads_are_not_copied(device):
 @pytest.mark.parametrize(
     "options", [{}, {"symmetric": True}, {"symmetric": True, "full_range": True}]
 )
-@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("link", ["identity", "sigmoid", "softplus"])
 @pytest.mark.parametrize("module", [ops, reference], ids=["operators", "reference"])
-def test_weights_are_the_static_operator_on_their_extrema(
-    module, sigmoid, options, factors, device
-):
+def test_weights_are_the_static_operator_on_their_extrema(module, link, options, factors, device):
     """To the last bit, zero in the range or not."""
     x = torch.randn(6, 24, device=device)
     x[0] += 9
@@ -157,7 +155,7 @@ def test_weights_are_the_static_operator_on_their_extrema(
     count = 1 if options.get("symmetric") else 2
     learned = [(0.6 + torch.rand(shape, device=device) / 2) for _ in range(count)]
     learned = [factor.requires_grad_() for factor in learned]
-    common = {"bits": 4} | ({"sigmoid": True} if sigmoid else {})
+    common = {"bits": 4, "link": link, "gradient_scale": 0.5}
     actual = module._fake_quantize_live(x, *learned, group=8, **common, **options)
 
     low, high = x.detach().unflatten(-1, (3, 8)).aminmax(dim=-1)

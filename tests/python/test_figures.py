@@ -342,7 +342,7 @@ def test_gradients_over_x_are_those_of_one_range(title):
     x, found = gradients.curves()
     learned = [torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in values]
     fixed = [torch.tensor([v], dtype=torch.float64) for v in constants]
-    options = {"sigmoid": True} if spec.sigmoid else {}
+    options = {"link": spec.link} if spec.sigmoid else {}
     function = getattr(asymq, spec.function)
     function(x, *learned, *fixed, bits=gradients.BITS, **options).sum().backward()
     for name, parameter in zip(spec.learnable, learned, strict=True):

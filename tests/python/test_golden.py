@@ -12,6 +12,8 @@ from asymq import reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DYNAMIC = json.loads((GOLDEN / "dynamic_per_token.json").read_text())["cases"]
+TRAIN = json.loads((GOLDEN / "train.json").read_text())["cases"]
+LINKS = [case for case in TRAIN if case["kind"] == "link"]
 FUNCTIONS = {
     "scale_offset": ("scale_offset", {}),
     "min_max": ("min_max", {}),
@@ -94,6 +96,28 @@ def test_golden(parameterization, case, module, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("module", [asymq, reference], ids=["operators", "reference"])
+@pytest.mark.parametrize("case", LINKS, ids=[f"{c['link']}-{c['bits']}" for c in LINKS])
+def test_golden_of_links(case, module, dtype, device):
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.float64, device=device).to(dtype)
+
+    x, upstream = tensor(case["x"]).requires_grad_(), tensor(case["upstream"])
+    factors = [tensor([case[name]]).requires_grad_() for name in ("beta", "gamma")]
+    ends = tensor([case["min"]]), tensor([case["max"]])
+    options = {"bits": case["bits"], "link": case["link"]}
+    xhat = module.fake_quantize_beta_gamma(x, *factors, *ends, **options)
+    grad_x, *grads = torch.autograd.grad(xhat, (x, *factors), upstream)
+    loosen = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(xhat, tensor(case["xhat"]), rtol=loosen, atol=0)
+    assert torch.equal(grad_x, tensor(case["grad_x"]))
+    for name, grad in zip(("grad_beta", "grad_gamma"), grads, strict=True):
+        # Their terms cancel, and are at most as large as the ends and the upstream gradients.
+        size = 4.7 * upstream.double().abs().sum().item()
+        assert abs(grad.item() - case[name]) <= loosen * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("module", [asymq, reference], ids=["operators", "reference"])
 @pytest.mark.parametrize("case", DYNAMIC, ids=[case["case"] for case in DYNAMIC])
 def test_golden_of_live_ranges(case, module, dtype, device):
     def exact(values):
@@ -146,4 +170,4 @@ def test_golden_of_live_ranges(case, module, dtype, device):
 def test_all_golden_vectors_are_here():
     names = [*FUNCTIONS, "dynamic_per_token", "scaling_law", "train", "transition_rate"]
     assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(names)
-    assert len(list(_cases())) == 129 and len(DYNAMIC) == 12
+    assert len(list(_cases())) == 129 and len(DYNAMIC) == 12 and len(LINKS) == 4

@@ -15,6 +15,7 @@ from asymq import (
     PerChannel,
     PerGroup,
     PerTensor,
+    PerToken,
     QuantAct,
     QuantEmbedding,
     QuantLayerNorm,
@@ -22,7 +23,8 @@ from asymq import (
     QuantSpec,
     reference,
 )
-from asymq.quantizers import PARAMETERIZATIONS
+from asymq.layers import fused
+from asymq.quantizers import LINKS, PARAMETERIZATIONS
 from asymq.quantizers.functions import use_namespace
 
 Conv1D = pytest.importorskip("transformers", minversion="5.4").pytorch_utils.Conv1D
@@ -37,9 +39,19 @@ def _specs():
         except ValueError:
             continue
         yield pytest.param(spec, id="-".join([name, *(k for k, v in chosen.items() if v)]))
+    for link in LINKS[2:]:
+        for options in ({}, {"symmetric": True}, {"dynamic": True}, {"fix_min": True}):
+            yield pytest.param(QuantSpec(4, link=link, **options), id="-".join([link, *options]))
 
 
 SPECS = list(_specs())
+# The value under a link that is a quarter.
+QUARTERS = {
+    "sigmoid": -math.log(3),
+    "exp": -math.log(4),
+    "softplus": math.log(math.expm1(0.25)),
+    "clamp": 0.25,
+}
 
 # name: (float layer, how to quantize it, an input)
 LAYERS = {
@@ -137,8 +149,9 @@ def test_learning_reduces_the_error(name, spec, device):
     asymq.calibrate(module, [x])
     asymq.freeze_weights(module)
     with torch.no_grad():
-        for parameter in ranges_of(module):  # a quarter of the range: σ(-ln 3) is 1/4
-            parameter.copy_(-math.log(3) * parameter.sign() if spec.sigmoid else parameter / 4)
+        for parameter in ranges_of(module):
+            quarter = QUARTERS.get(spec.link)  # of the range
+            parameter.copy_(parameter / 4 if quarter is None else parameter.new_tensor(quarter))
     size = {p: p.detach().abs().mean().item() or 1.0 for p in ranges_of(module)}
     optimizer = torch.optim.Adam([{"params": [p], "lr": 0.05 * size[p]} for p in size])
     losses = []
@@ -339,7 +352,7 @@ def test_float64_ranges(spec, device):
         x,
         *(tensor.detach() for tensor in quantizer.arguments(x)),
         bits=spec.bits,
-        **({"sigmoid": True} if spec.sigmoid else {}),
+        **({"link": spec.link} if spec.link != "identity" else {}),
     )
     torch.testing.assert_close(quantized, expected, rtol=1e-12, atol=1e-12)
     quantized.square().sum().backward()
@@ -568,3 +581,76 @@ def test_a_state_is_one_of_three(state):
     with pytest.raises(ValueError, match=message):
         quantizer.state = state
     assert quantizer.state == "quantizing"
+
+
+# ---- the scale of range gradients ----------------------------------------------------------------
+
+
+def _range_gradients(module, x):
+    gradients = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    names = (name for name, _ in module.named_parameters())
+    return dict(zip(names, gradients, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 12), (9, 7, 12)], ids=str)
+@pytest.mark.parametrize(
+    "granularity, shared",
+    [(PerTensor(), 84), (PerChannel(), 7), (PerGroup(4), 28), (PerToken(), 84), (PerToken(4), 28)],
+    ids=str,
+)
+def test_lsq_scales_an_activations_gradients_by_its_samples(granularity, shared, shape, device):
+    """N are the elements of one sample that share a parameter, whatever the batch."""
+    x = torch.randn(shape, device=device)
+    for symmetric in (False, True):
+        spec = QuantSpec(4, symmetric, granularity, link="softplus")
+        most = 7 if symmetric else 15
+        found = []
+        for scale in (None, "lsq", 0.5):
+            quantizer = QuantAct(spec.replace(gradient_scale=scale), 12, device=device)
+            asymq.calibrate(quantizer, [x])
+            found.append(_range_gradients(quantizer, x))
+        plain, lsq, half = found
+        for name, gradient in plain.items():
+            assert gradient.any()
+            torch.testing.assert_close(lsq[name], gradient * (shared * most) ** -0.5)
+            assert_bit_equal(half[name], gradient * 0.5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_lsq_scales_a_weights_gradients_by_all_that_share_a_range(dynamic, device):
+    for granularity, shared in ((PerTensor(), 96), (PerChannel(), 12), (PerGroup(4), 4)):
+        spec = QuantSpec(4, True, granularity, dynamic=dynamic)
+        found = []
+        for scale in (None, "lsq"):
+            torch.manual_seed(3)
+            layer = QuantLinear(12, 8, weight=spec.replace(gradient_scale=scale)).to(device)
+            asymq.calibrate(layer, [torch.ones(2, 12, device=device)])
+            with torch.no_grad():
+                layer.weight_quantizer.gamma.mul_(0.7)
+            found.append(_range_gradients(layer, torch.ones(2, 12, device=device)))
+        plain, lsq = (gradients["weight_quantizer.gamma"] for gradients in found)
+        torch.testing.assert_close(lsq, plain * (shared * 7) ** -0.5)
+        assert_bit_equal(found[0]["weight"], found[1]["weight"])
+
+
+def test_lsq_is_the_same_in_kernels_that_do_more(device):
+    """The rows of logits are no samples."""
+    spec = QuantSpec(8, gradient_scale="lsq")
+    x = torch.randn(3, 5, 16, device=device, requires_grad=True)
+    before, after = (QuantAct(spec, device=device) for _ in range(2))
+    asymq.calibrate(before, [x.detach()])
+    asymq.calibrate(after, [x.detach()])
+    labels = torch.zeros(15, dtype=torch.int64, device=device)
+    learned = [*before.parameters(), *after.parameters()]
+
+    def gradients():
+        loss = fused.gelu(x, before, after).sum()
+        loss = loss + fused.cross_entropy(x, labels, before).sum()
+        loss = loss + fused.kl_div(x, x.detach().roll(1), labels, after, 1.0).sum()
+        return torch.autograd.grad(loss, learned)
+
+    one = gradients()
+    with asymq.use_functions("unfused"):
+        several = gradients()
+    for a, e in zip(one, several, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)

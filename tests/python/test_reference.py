@@ -7,6 +7,7 @@ from samples import (
     DYNAMIC,
     DYNAMIC_GRANULARITIES,
     GRANULARITIES,
+    LINKS,
     PARAMETERIZATIONS,
     SIGNS,
     DynamicSample,
@@ -27,14 +28,20 @@ def _clip(q, low, high):
     return torch.where(inside, q, q.detach().clamp(low, high))
 
 
+def _clamp(v):
+    """LINKS["clamp"] with the straight-through gradient."""
+    return v + (v.clamp(0.25, 4) - v).detach()
+
+
 def _compose(name, k, x, *p):
     """Eq. 1 after the formulas of eqs. 1, 3, 9 and Table 3, float64, ranges of x's shape."""
     full_range = name.endswith("full_range")
     name = name.removesuffix("_full_range")
-    if name.endswith("sigmoid"):
-        learned = (len(p) + 1) // 2
-        p = (*(v.sigmoid() for v in p[:learned]), *p[learned:])
-        name = name.removesuffix("_sigmoid")
+    base, _, link = name.rpartition("_")
+    if link in LINKS:
+        learned, f = len(p) // 2, _clamp if link == "clamp" else LINKS[link][0]
+        p = (*(f(v) for v in p[:learned]), *p[learned:])
+        name = base
     match name:
         case "scale_offset":
             s, z = p
@@ -91,9 +98,8 @@ def test_live_ranges_equal_autograd_of_the_composition(name, granularity, signs)
     high = torch.where(low == high, 1.0, high)  # zeros are zeros on any grid
     ends = (low, high) if len(factors) == 2 else (torch.maximum(-low, high),)
     static = name.removeprefix("dynamic_")
-    static = (
-        f"token_{static}" if static in ("symmetric_gamma", "symmetric_gamma_sigmoid") else static
-    )
+    if static.startswith("symmetric") and not static.endswith("full_range"):
+        static = f"token_{static}"
     expected = _compose(static, 15, blocks, *(p.unsqueeze(-1) for p in factors), *ends)
     expected = expected.reshape(x.shape)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

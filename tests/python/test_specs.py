@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asymq import PerChannel, PerGroup, PerTensor, PerToken, QuantConfig, QuantSpec
+from asymq.quantizers import LINKS
 
 
 def test_defaults():
@@ -22,6 +23,8 @@ def test_defaults():
         "eps": 1e-8,
         "full_range": False,
         "learn": True,
+        "link": "identity",
+        "gradient_scale": None,
     }
     assert QuantSpec().granularity == PerTensor()
     assert PerChannel().axis is None and PerGroup(4).axis is None
@@ -45,11 +48,18 @@ IMPOSSIBLE = [
     ({"granularity": PerTensor}, "granularity must be"),
     ({"parameterization": "minmax"}, "parameterization must be one of .*, got 'minmax'"),
     ({"parameterization": "beta_gamma_sigmoid"}, "parameterization must be one of"),
+    ({"link": "tanh"}, "link must be one of identity, sigmoid, exp, softplus, clamp, got 'tanh'"),
+    ({"sigmoid": True, "link": "exp"}, "sigmoid=True is link=\"sigmoid\": leave it or .*'exp'"),
+    ({"parameterization": "min_max", "link": "exp"}, "link exp belongs to beta_gamma"),
+    *(
+        ({"gradient_scale": scale}, f'gradient_scale must be None, "lsq" or positive .*{scale}')
+        for scale in (0, -1.0, True, "LSQ", float("inf"))
+    ),
     ({"parameterization": "kscale_koffset", "symmetric": True}, "kscale_koffset has no symmetric"),
     *(
-        ({"parameterization": name, option: True}, f"{option} belongs to beta_gamma, got .*{name}")
+        ({"parameterization": name, option: True}, f"{message} belongs to beta_gamma, got .*{name}")
         for name in ("scale_offset", "min_max", "kscale_koffset")
-        for option in ("sigmoid", "dynamic")
+        for option, message in {"sigmoid": "link sigmoid", "dynamic": "dynamic"}.items()
     ),
     *(
         ({"parameterization": name, "fix_min": True}, f"fix_min belongs to .* got .*{name}")
@@ -218,6 +228,8 @@ SPECS = st.builds(
     eps=st.floats(1e-30, 1.0),
     full_range=st.booleans(),
     learn=st.booleans(),
+    link=st.sampled_from(LINKS),
+    gradient_scale=st.none() | st.just("lsq") | st.floats(1e-6, 1e3),
 ).filter(lambda spec: spec is not None)
 OPTIONAL = st.none() | SPECS
 OF_WEIGHT = st.none() | SPECS.filter(lambda spec: not spec.granularity.of_tokens)
@@ -336,6 +348,35 @@ def test_with_parameterization():
         QuantSpec().with_parameterization("gamma")
 
 
+def test_sigmoid_is_a_link():
+    """One spec whichever of the two says so, as version 0.1 wrote it."""
+    spec = QuantSpec(sigmoid=True)
+    assert spec == QuantSpec(link="sigmoid") == QuantSpec(sigmoid=True, link="sigmoid")
+    assert spec.link == "sigmoid" and QuantSpec(link="sigmoid").sigmoid
+    values = spec.to_dict()
+    assert QuantSpec(link="sigmoid").to_json() == spec.to_json()
+    assert values["sigmoid"] is True and not {"link", "gradient_scale"} & set(values)
+    assert QuantSpec.from_dict(values) == spec
+    assert spec.replace(sigmoid=False).link == "identity" and spec.replace(bits=4).sigmoid
+    exp = spec.replace(link="exp")
+    assert (exp.link, exp.sigmoid, exp.to_dict()["link"]) == ("exp", False, "exp")
+    assert exp.replace(sigmoid=False) == exp and exp.replace(sigmoid=True) == spec
+
+
+def test_names_of_links():
+    for link in LINKS[1:]:
+        spec = QuantSpec(4, True).with_parameterization(f"beta_gamma_{link}")
+        assert spec == QuantSpec(4, True, link=link)
+        assert spec.with_parameterization("min_max").link == "identity"
+
+
+def test_scale_of_gradient():
+    assert QuantSpec(4).scale_of_gradient(100) == 1
+    assert QuantSpec(4, gradient_scale=0.5).scale_of_gradient(100) == 0.5
+    assert QuantSpec(4, gradient_scale="lsq").scale_of_gradient(100) == (100 * 15) ** -0.5
+    assert QuantSpec(4, True, gradient_scale="lsq").scale_of_gradient(100) == (100 * 7) ** -0.5
+
+
 # ---- saying the same with other bits -------------------------------------------------------------
 
 
@@ -367,7 +408,7 @@ def test_options_are_true_or_false(option):
 
 
 def test_a_parameterization_that_is_an_option():
-    with pytest.raises(ValueError, match=r"that is beta_gamma with sigmoid=True"):
+    with pytest.raises(ValueError, match=r"that is beta_gamma with link='sigmoid'"):
         QuantSpec(parameterization="beta_gamma_sigmoid")
 
 

@@ -11,6 +11,10 @@
 //   eps     least effective scale: s = max(raw s, eps), the gradient passes straight through.
 //   full_range  of a symmetric grid: one more step below zero, codes -(k+1)/2 to (k-1)/2, such as
 //           -8 to 7 with 4 bits, and k + 1 for k in the scale.
+//   link    what a learned factor v becomes before it is applied: "identity" v, "sigmoid" σ(v)
+//           (which `sigmoid` asks for, too), "exp" e^v, "softplus" log(1 + e^v), or "clamp", v held
+//           in [1/4, 4], whose gradient passes straight through. In double, rounded once.
+//   gradient_scale  positive; the gradients of the learned parameters are multiplied by it.
 // A grid starts at s·rint(z): torch's zero_point is -rint(z) with quant_min 0 and quant_max k.
 // Gradients are the straight-through ones of eq. 1 of "How to Parameterize Asymmetric Quantization
 // Ranges for Quantization-Aware Training", exact also for ranges without zero, collapsed and
@@ -32,55 +36,66 @@ namespace asymq {
 
 /// Scale s and offset z, both learned: x̂ = s·clip(rint(x/s), rint(z), rint(z) + k).
 at::Tensor fake_quantize_scale_offset(const at::Tensor& x, const at::Tensor& scale,
-                                      const at::Tensor& offset, int64_t bits, double eps = 1e-8);
+                                      const at::Tensor& offset, int64_t bits, double eps = 1e-8,
+                                      double gradient_scale = 1.0);
 
 /// Ends of the range θmin and θmax, both learned: s = (θmax - θmin)/k, z = θmin/s.
 at::Tensor fake_quantize_min_max(const at::Tensor& x, const at::Tensor& min, const at::Tensor& max,
-                                 int64_t bits, double eps = 1e-8);
+                                 int64_t bits, double eps = 1e-8, double gradient_scale = 1.0);
 
-/// Learned factors on constant ends: θmin = β·min, θmax = γ·max, or σ(β)·min, σ(γ)·max with sigmoid
-/// (eq. 3). min and max must not require grad.
+/// Learned factors on constant ends: θmin = f(β)·min, θmax = f(γ)·max (eq. 3), where f is the link.
+/// min and max must not require grad.
 at::Tensor fake_quantize_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
                                     const at::Tensor& gamma, const at::Tensor& min,
                                     const at::Tensor& max, int64_t bits, bool sigmoid = false,
-                                    double eps = 1e-8);
+                                    double eps = 1e-8, std::string_view link = "identity",
+                                    double gradient_scale = 1.0);
 
 /// Scale and offset without the bit width, both learned: s = kscale/k, z = k·koffset (eq. 9).
 at::Tensor fake_quantize_kscale_koffset(const at::Tensor& x, const at::Tensor& kscale,
-                                        const at::Tensor& koffset, int64_t bits, double eps = 1e-8);
+                                        const at::Tensor& koffset, int64_t bits, double eps = 1e-8,
+                                        double gradient_scale = 1.0);
 
 /// Symmetric grid with indices ±(k-1)/2 and a learned scale s (eq. 10).
 at::Tensor fake_quantize_symmetric_scale(const at::Tensor& x, const at::Tensor& scale, int64_t bits,
-                                         double eps = 1e-8, bool full_range = false);
+                                         double eps = 1e-8, bool full_range = false,
+                                         double gradient_scale = 1.0);
 
 /// Symmetric grid with a learned end θmax: s = 2θmax/k.
 at::Tensor fake_quantize_symmetric_max(const at::Tensor& x, const at::Tensor& max, int64_t bits,
-                                       double eps = 1e-8, bool full_range = false);
+                                       double eps = 1e-8, bool full_range = false,
+                                       double gradient_scale = 1.0);
 
-/// Symmetric grid with a learned factor on a constant end: s = 2γ·max/k, or 2σ(γ)·max/k with
-/// sigmoid. max must not require grad.
+/// Symmetric grid with a learned factor on a constant end: s = 2f(γ)·max/k, where f is the link.
+/// max must not require grad.
 at::Tensor fake_quantize_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
                                          const at::Tensor& max, int64_t bits, bool sigmoid = false,
-                                         double eps = 1e-8, bool full_range = false);
+                                         double eps = 1e-8, bool full_range = false,
+                                         std::string_view link = "identity",
+                                         double gradient_scale = 1.0);
 
 /// Learned factors on the live range of every token: x is [..., D], and each group of `group`
 /// consecutive elements of the last axis (none: all D, the token) has the range of its own
 /// elements, with zero in it,
 ///     θmin = min(0, min x), θmax = max(0, max x),  s = (γθmax - βθmin)/k, z = βθmin/s (eq. 3),
-/// or σ(β) and σ(γ) with sigmoid. θmin and θmax are constants to the gradient.
+/// with f(β) and f(γ) for them where there is a link. θmin and θmax are constants to the gradient.
 /// beta, gamma: of one shape, with one value or D/group (one per position in the token), which all
 /// tokens share; float32 (float64 allowed where x is float64). A NaN or infinity makes its own
 /// group NaN and no other. Saves x alone.
 at::Tensor fake_quantize_dynamic_beta_gamma(const at::Tensor& x, const at::Tensor& beta,
                                             const at::Tensor& gamma, std::optional<int64_t> group,
-                                            int64_t bits, bool sigmoid = false, double eps = 1e-8);
+                                            int64_t bits, bool sigmoid = false, double eps = 1e-8,
+                                            std::string_view link = "identity",
+                                            double gradient_scale = 1.0);
 
 /// The same with a symmetric grid: θmax = max |x|, s = γθmax/h with h = (k-1)/2, so that at γ = 1
 /// the largest element is on the grid; in full range h = (k+1)/2.
 at::Tensor fake_quantize_dynamic_symmetric_gamma(const at::Tensor& x, const at::Tensor& gamma,
                                                  std::optional<int64_t> group, int64_t bits,
                                                  bool sigmoid = false, bool full_range = false,
-                                                 double eps = 1e-8);
+                                                 double eps = 1e-8,
+                                                 std::string_view link = "identity",
+                                                 double gradient_scale = 1.0);
 
 /// Integer codes, without gradient. With offset clip(rint(x/s) - rint(z), 0, k): uint8 up to 8
 /// bits, else int32. Without offset (symmetric) clip(rint(x/s), -(k-1)/2, (k-1)/2), in full range
@@ -106,18 +121,21 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
 /// Without gradient.
 std::tuple<at::Tensor, std::optional<at::Tensor>> effective_scale_offset(
     std::string_view parameterization, at::TensorList parameters, int64_t bits,
-    bool symmetric = false, bool sigmoid = false, double eps = 1e-8, bool full_range = false);
+    bool symmetric = false, bool sigmoid = false, double eps = 1e-8, bool full_range = false,
+    std::string_view link = "identity");
 
 /// The learned parameters that have the range [min, max], one or two in the order of the function
-/// of that name (Table 3): what learning starts from. A factor on constant ends starts at 1, or at
-/// 4 under a sigmoid, and `min` and `max` themselves are the constants, which are not returned.
+/// of that name (Table 3): what learning starts from. A factor on constant ends starts where its
+/// link is 1, under a sigmoid at 4, and `min` and `max` themselves are the constants, which are not
+/// returned.
 /// Symmetric parameterizations look at max alone.
 /// min and max are floating tensors of one shape, dtype and device, which the result has too. It is
 /// computed in double, without gradient, and max <= min is not repaired.
 std::vector<at::Tensor> parameters_of_range(std::string_view parameterization,
                                             const at::Tensor& min, const at::Tensor& max,
                                             int64_t bits, bool symmetric = false,
-                                            bool sigmoid = false, bool full_range = false);
+                                            bool sigmoid = false, bool full_range = false,
+                                            std::string_view link = "identity");
 
 /// The range to start learning from where min and max are the smallest and largest value that were
 /// seen, and where it has to be a guess: (min, max, without_width).
@@ -151,6 +169,8 @@ struct RangeArguments {
   bool full_range = false;
   bool token = false;
   std::optional<int64_t> group = std::nullopt;
+  std::string_view link = "identity";
+  double gradient_scale = 1.0;
 };
 
 }  // namespace asymq

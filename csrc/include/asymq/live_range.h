@@ -12,17 +12,16 @@
 //   extrema   live_ends        θmin and θmax, constants to the gradient
 //   grid      live_scale_offset, then make_grid or make_grid_point
 //   sums      live_gradient    what the group adds to the gradients of the applied factors
-//   total     factor_gradient  of the factors themselves, in double, as everything after the sums
-// with the kind that make_kind(parameterization, bits, eps, token) gives, where parameterization is
-// a BetaGamma or SymmetricGamma.
+//   total     learned_gradient of the factors themselves, in double, as everything after the sums
+// with the kind that make_kind gives, where parameterization is a BetaGamma or SymmetricGamma.
 #pragma once
 
 #include "asymq/parameterization.h"
 
 namespace asymq {
 
-/// β and γ as they are applied: σ of the learned ones where there is a sigmoid. Symmetric: γ is
-/// `first`, as in Range, and `second` unused.
+/// β and γ as they are applied: what the link makes of the learned ones. Symmetric: γ is `first`,
+/// as in Range, and `second` unused.
 template <class P>
 struct Factors {
   P first, second;
@@ -36,8 +35,7 @@ struct Extrema {
 
 template <class P>
 ASYMQ_HOST_DEVICE Factors<P> apply_factors(const QuantizerKind& kind, P first, P second) {
-  if (!has_sigmoid(kind)) return {first, second};
-  return {factor_of<true>(first), factor_of<true>(second)};
+  return {factor_of(kind.link, first), factor_of(kind.link, second)};
 }
 
 /// θmin and θmax in the factors' type. Symmetric: both say the same, -max |x| and max |x|. A NaN or
@@ -76,11 +74,6 @@ ASYMQ_HOST_DEVICE RangeGradient live_gradient(const QuantizerKind& kind,
                                               const Sums<double>& sums) {
   if (is_symmetric(kind)) return {ends.max * grid.inverse_end * scale_gradient(grid, sums), 0.0};
   return {ends.min * min_gradient(grid, sums), ends.max * max_gradient(grid, sums)};
-}
-
-/// Gradient of a learned factor from the total of an applied one.
-ASYMQ_HOST_DEVICE double factor_gradient(const QuantizerKind& kind, double learned, double total) {
-  return has_sigmoid(kind) ? factor_derivative<true>(learned) * total : total;
 }
 
 }  // namespace asymq

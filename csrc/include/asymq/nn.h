@@ -75,7 +75,7 @@ struct QuantizerOptions {
   /// One more step below zero, such as -8 to 7 with 4 bits; symmetric alone.
   TORCH_ARG(bool, full_range) = false;
 
-  /// The factors are σ(β) and σ(γ); beta_gamma alone.
+  /// The same as the link "sigmoid".
   TORCH_ARG(bool, sigmoid) = false;
 
   /// The lower end does not learn; asymmetric min_max and beta_gamma alone.
@@ -94,6 +94,12 @@ struct QuantizerOptions {
 
   /// What errors call the quantizer.
   TORCH_ARG(std::string, name) = "asymq::nn::QuantAct";
+
+  /// What the factors are of what is learned (fake_quantize.h); beta_gamma alone.
+  TORCH_ARG(std::string, link) = "identity";
+
+  /// What the gradients of the range are multiplied by.
+  TORCH_ARG(double, gradient_scale) = 1.0;
 };
 
 /// Quantizes one tensor: an activation, or the weight of the layer it belongs to.

@@ -5,14 +5,16 @@
 //   traits               its public name and the names of its parameters,
 //   scale_offset(range)  parameters -> guarded scale s and offset z, in the parameters' type P and
 //                        exactly in the order written: CPU, CUDA and reference must round z alike,
-//   gradient(...)        sums -> gradients of the learned parameters, in double,
+//   gradient(...)        sums -> gradients of these parameters, in double,
 //   first_values(...)    ends of a range -> the learned parameters that have this range, for double
 //                        and for tensor types T; one that does not depend on the range is a double,
-// and one entry in `Parameterizations` at the end.
+// and one entry in `Parameterizations` at the end. Factors are there as they are applied: what a
+// link makes of the learned ones.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <string_view>
 #include <utility>
 
@@ -33,6 +35,40 @@ struct ScaleOffset {
   P scale, offset;
 };
 
+/// What a learned factor v becomes before it is applied, f(v).
+enum class Link : int {
+  identity,  ///< v
+  sigmoid,   ///< σ(v), as in OmniQuant
+  exp,       ///< e^v: positive, so that an end keeps its sign
+  softplus,  ///< log(1 + e^v): likewise
+  clamp      ///< v held in [1/4, 4]; the gradient passes straight through
+};
+
+/// A link's name, and the first value of a factor under it: where f is 1, or with a sigmoid nearly
+/// 1 and still learns (Table 3): σ(4) = 0.982, so the range starts 2 % narrower than its ends.
+struct LinkTraits {
+  std::string_view name;
+  double first;
+};
+
+/// By their numbers.
+inline constexpr LinkTraits kLinks[] = {{"identity", 1.0},
+                                        {"sigmoid", 4.0},
+                                        {"exp", 0.0},
+                                        {"softplus", 0.54132485461291810},  // log(e - 1)
+                                        {"clamp", 1.0}};
+
+/// Number of the link of this name, or -1.
+constexpr int find_link(std::string_view name) {
+  for (size_t i = 0; i < std::size(kLinks); ++i) {
+    if (kLinks[i].name == name) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+/// What a factor starts from.
+constexpr double first_factor(Link link) { return kLinks[static_cast<int>(link)].first; }
+
 /// Sums over all elements of one range: G_in = Σ_inside g·e, G_lo = Σ_below g, G_up = Σ_above g.
 template <class T>
 struct Sums {
@@ -45,6 +81,24 @@ struct Sums {
 template <class P>
 struct Divisors {
   P width, end;
+};
+
+/// A kind of quantizer: the parameterization (its position in Parameterizations), bits and guard,
+/// the link of its factors and what the gradients of its parameters are multiplied by, and what
+/// follows from them, so that no kernel divides in double.
+struct QuantizerKind {
+  int parameterization;
+  int bits;
+  double eps;
+  Link link;  ///< identity where there are no factors
+  double gradient_scale;
+  double inverse_steps;     ///< 1/k
+  double end, inverse_end;  ///< Divisors::end and its reciprocal
+
+  template <class P>
+  ASYMQ_HOST_DEVICE Divisors<P> divisors() const {
+    return {grid_steps<P>(bits), static_cast<P>(end)};
+  }
 };
 
 /// One range's grid in double, as the gradients need it.
@@ -68,7 +122,7 @@ struct RangeGradient {
 struct Traits {
   const char* name;
   const char* family;
-  bool symmetric, sigmoid;
+  bool symmetric;
   bool full_range;  ///< symmetric, with one more step below zero: codes -(k+1)/2 to (k-1)/2
   const char* first;
   const char* second;
@@ -83,7 +137,6 @@ ASYMQ_HOST_DEVICE P guard_scale(P raw, P eps) {
   return raw < eps ? eps : raw;
 }
 
-/// σ is computed in double and rounded once: float sigmoids differ between libraries.
 ASYMQ_HOST_DEVICE double sigmoid(double value) {
   using std::exp;
   return 1.0 / (1.0 + exp(-value));
@@ -92,6 +145,46 @@ ASYMQ_HOST_DEVICE double sigmoid(double value) {
 /// dσ/dv = σ(v)(1 - σ(v)), as σ(v)·σ(-v): the difference 1 - σ loses all digits for large v.
 ASYMQ_HOST_DEVICE double sigmoid_derivative(double value) {
   return sigmoid(value) * sigmoid(-value);
+}
+
+/// f(v) of a link; NaN stays NaN.
+ASYMQ_HOST_DEVICE double linked(Link link, double value) {
+  using std::exp;
+  using std::fabs;
+  using std::log1p;
+  switch (link) {
+    case Link::sigmoid:
+      return sigmoid(value);
+    case Link::exp:
+      return exp(value);
+    case Link::softplus:  // e^|v| would overflow
+      return (value > 0.0 ? value : 0.0) + log1p(exp(-fabs(value)));
+    case Link::clamp:
+      return value < 0.25 ? 0.25 : value > 4.0 ? 4.0 : value;
+    default:
+      return value;
+  }
+}
+
+/// f'(v) of a link.
+ASYMQ_HOST_DEVICE double link_derivative(Link link, double value) {
+  using std::exp;
+  switch (link) {
+    case Link::sigmoid:
+      return sigmoid_derivative(value);
+    case Link::exp:
+      return exp(value);
+    case Link::softplus:
+      return sigmoid(value);
+    default:
+      return 1.0;
+  }
+}
+
+/// β or γ as it is applied: f in double, rounded once, as float functions differ between libraries.
+template <class P>
+ASYMQ_HOST_DEVICE P factor_of(Link link, P learned) {
+  return link == Link::identity ? learned : static_cast<P>(linked(link, learned));
 }
 
 /// dL/ds at fixed z (Table 1, row s): e inside, n below, p above.
@@ -129,25 +222,8 @@ ASYMQ_HOST_DEVICE ScaleOffset<P> scale_of_end(P max, const Divisors<P>& by, P ep
   return {guard_scale(max / by.end, eps), P(0)};
 }
 
-/// β or γ as it is applied.
-template <bool kSigmoid, class P>
-ASYMQ_HOST_DEVICE P factor_of(P learned) {
-  return kSigmoid ? static_cast<P>(sigmoid(learned)) : learned;
-}
-
-/// d(factor_of)/d(learned).
-template <bool kSigmoid>
-ASYMQ_HOST_DEVICE double factor_derivative(double learned) {
-  return kSigmoid ? sigmoid_derivative(learned) : 1.0;
-}
-
-/// First value of a factor on a constant end: 1, or 4 under a sigmoid (Table 3), where it is nearly
-/// 1 and still learns: σ(4) = 0.982, so the range starts 2 % narrower than its ends.
-template <bool kSigmoid>
-inline constexpr double kFirstFactor = kSigmoid ? 4.0 : 1.0;
-
 struct ScaleOffsetParameterization {
-  static constexpr Traits traits{"scale_offset", "scale_offset", false, false, false,
+  static constexpr Traits traits{"scale_offset", "scale_offset", false, false,
                                  "scale",        "offset",       "",    ""};
 
   template <class P>
@@ -160,14 +236,14 @@ struct ScaleOffsetParameterization {
     return {scale_gradient(grid, sums), offset_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T& low, const T& high, const Divisors<double>& by) {
-    const T scale = (high - low) / by.width;
+  static auto first_values(const T& low, const T& high, const QuantizerKind& kind) {
+    const T scale = (high - low) / kind.divisors<double>().width;
     return std::pair(scale, T(low / scale));
   }
 };
 
 struct MinMax {
-  static constexpr Traits traits{"min_max", "min_max", false, false, false, "min", "max", "", ""};
+  static constexpr Traits traits{"min_max", "min_max", false, false, "min", "max", "", ""};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
@@ -179,37 +255,34 @@ struct MinMax {
     return {min_gradient(grid, sums), max_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T& low, const T& high, const Divisors<double>&) {
+  static auto first_values(const T& low, const T& high, const QuantizerKind&) {
     return std::pair(low, high);
   }
 };
 
-/// θmin and θmax scaled by β and γ, or by σ(β) and σ(γ) (eq. 3).
-template <bool kSigmoid>
+/// θmin and θmax scaled by β and γ (eq. 3).
 struct BetaGamma {
-  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, kSigmoid, false,
+  static constexpr Traits traits{"beta_gamma", "beta_gamma", false, false,
                                  "beta",       "gamma",      "min", "max"};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
                                                        P eps) {
-    return scale_offset_of_ends(factor_of<kSigmoid>(range.first) * range.min,
-                                factor_of<kSigmoid>(range.second) * range.max, by, eps);
+    return scale_offset_of_ends(range.first * range.min, range.second * range.max, by, eps);
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    return {factor_derivative<kSigmoid>(range.first) * range.min * min_gradient(grid, sums),
-            factor_derivative<kSigmoid>(range.second) * range.max * max_gradient(grid, sums)};
+    return {range.min * min_gradient(grid, sums), range.max * max_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T&, const T&, const Divisors<double>&) {
-    return std::pair(kFirstFactor<kSigmoid>, kFirstFactor<kSigmoid>);
+  static auto first_values(const T&, const T&, const QuantizerKind& kind) {
+    return std::pair(first_factor(kind.link), first_factor(kind.link));
   }
 };
 
 /// s = s'/k, z = k·z' (eq. 9): scale and offset freed of the bit width.
 struct KscaleKoffset {
-  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false, false,
+  static constexpr Traits traits{"kscale_koffset", "kscale_koffset", false, false,
                                  "kscale",         "koffset",        "",    ""};
 
   template <class P>
@@ -223,7 +296,7 @@ struct KscaleKoffset {
             grid.steps * offset_gradient(grid, sums)};
   }
   template <class T>
-  static auto first_values(const T& low, const T& high, const Divisors<double>&) {
+  static auto first_values(const T& low, const T& high, const QuantizerKind&) {
     const T kscale = high - low;
     return std::pair(kscale, T(low / kscale));
   }
@@ -232,7 +305,7 @@ struct KscaleKoffset {
 template <bool kFullRange>
 struct SymmetricScale {
   static constexpr Traits traits{
-      "symmetric_scale", "scale_offset", true, false, kFullRange, "scale", "", "", ""};
+      "symmetric_scale", "scale_offset", true, kFullRange, "scale", "", "", ""};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>&,
@@ -244,16 +317,15 @@ struct SymmetricScale {
     return {scale_gradient(grid, sums), 0.0};
   }
   template <class T>
-  static auto first_values(const T&, const T& high, const Divisors<double>& by) {
-    return std::pair(T(high / by.end), 0.0);
+  static auto first_values(const T&, const T& high, const QuantizerKind& kind) {
+    return std::pair(T(high / kind.end), 0.0);
   }
 };
 
 /// s = 2θmax/k, in full range 2θmax/(k + 1).
 template <bool kFullRange>
 struct SymmetricMax {
-  static constexpr Traits traits{"symmetric_max", "min_max", true, false, kFullRange,
-                                 "max",           "",        "",   ""};
+  static constexpr Traits traits{"symmetric_max", "min_max", true, kFullRange, "max", "", "", ""};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
@@ -265,31 +337,29 @@ struct SymmetricMax {
     return {grid.inverse_end * scale_gradient(grid, sums), 0.0};
   }
   template <class T>
-  static auto first_values(const T&, const T& high, const Divisors<double>&) {
+  static auto first_values(const T&, const T& high, const QuantizerKind&) {
     return std::pair(high, 0.0);
   }
 };
 
-/// s = 2γθmax/k, or 2σ(γ)θmax/k (Table 3), in full range with k + 1 for k.
-template <bool kSigmoid, bool kFullRange>
+/// s = 2γθmax/k (Table 3), in full range with k + 1 for k.
+template <bool kFullRange>
 struct SymmetricGamma {
-  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kSigmoid, kFullRange,
+  static constexpr Traits traits{"symmetric_gamma", "beta_gamma", true, kFullRange,
                                  "gamma",           "",           "",   "max"};
 
   template <class P>
   ASYMQ_HOST_DEVICE static ScaleOffset<P> scale_offset(const Range<P>& range, const Divisors<P>& by,
                                                        P eps) {
-    return scale_of_end(factor_of<kSigmoid>(range.first) * range.max, by, eps);
+    return scale_of_end(range.first * range.max, by, eps);
   }
   ASYMQ_HOST_DEVICE static RangeGradient gradient(const Range<double>& range, const GridPoint& grid,
                                                   const Sums<double>& sums) {
-    return {factor_derivative<kSigmoid>(range.first) * range.max * grid.inverse_end *
-                scale_gradient(grid, sums),
-            0.0};
+    return {range.max * grid.inverse_end * scale_gradient(grid, sums), 0.0};
   }
   template <class T>
-  static auto first_values(const T&, const T&, const Divisors<double>&) {
-    return std::pair(kFirstFactor<kSigmoid>, 0.0);
+  static auto first_values(const T&, const T&, const QuantizerKind& kind) {
+    return std::pair(first_factor(kind.link), 0.0);
   }
 };
 
@@ -300,11 +370,9 @@ struct ParameterizationList {
 
 /// All parameterizations. Kernels and the dispatcher know one by its position here.
 using Parameterizations =
-    ParameterizationList<ScaleOffsetParameterization, MinMax, BetaGamma<false>, BetaGamma<true>,
-                         KscaleKoffset, SymmetricScale<false>, SymmetricMax<false>,
-                         SymmetricGamma<false, false>, SymmetricGamma<true, false>,
-                         SymmetricScale<true>, SymmetricMax<true>, SymmetricGamma<false, true>,
-                         SymmetricGamma<true, true>>;
+    ParameterizationList<ScaleOffsetParameterization, MinMax, BetaGamma, KscaleKoffset,
+                         SymmetricScale<false>, SymmetricMax<false>, SymmetricGamma<false>,
+                         SymmetricScale<true>, SymmetricMax<true>, SymmetricGamma<true>>;
 
 /// Bit i tells whether the parameterization at position i has a property.
 constexpr uint32_t bits_of(bool Traits::*property) {
@@ -317,15 +385,14 @@ constexpr uint32_t bits_of(bool Traits::*property) {
 }
 
 inline constexpr uint32_t kSymmetricBits = bits_of(&Traits::symmetric);
-inline constexpr uint32_t kSigmoidBits = bits_of(&Traits::sigmoid);
 inline constexpr uint32_t kFullRangeBits = bits_of(&Traits::full_range);
 
 /// Position of the parameterization with these traits, or -1.
-constexpr int find_parameterization(std::string_view family, bool symmetric, bool sigmoid,
+constexpr int find_parameterization(std::string_view family, bool symmetric,
                                     bool full_range = false) {
   int position = 0;
   for (const Traits& traits : Parameterizations::traits) {
-    if (traits.family == family && traits.symmetric == symmetric && traits.sigmoid == sigmoid &&
+    if (traits.family == family && traits.symmetric == symmetric &&
         traits.full_range == full_range) {
       return position;
     }
@@ -342,36 +409,25 @@ ASYMQ_HOST_DEVICE void visit_parameterization(int id, ParameterizationList<Ps...
   ((position++ == id ? visitor(Ps{}) : void()), ...);
 }
 
-/// A kind of quantizer: the parameterization (its position in Parameterizations), bits and guard,
-/// and what follows from them, so that no kernel divides in double.
-struct QuantizerKind {
-  int parameterization;
-  int bits;
-  double eps;
-  double inverse_steps;     ///< 1/k
-  double end, inverse_end;  ///< Divisors::end and its reciprocal
-
-  template <class P>
-  ASYMQ_HOST_DEVICE Divisors<P> divisors() const {
-    return {grid_steps<P>(bits), static_cast<P>(end)};
-  }
-};
-
 /// token: of a live range that has the largest element on the grid (live_range.h).
 constexpr QuantizerKind make_kind(int64_t parameterization, int64_t bits, double eps,
-                                  bool token = false) {
+                                  bool token = false, Link link = Link::identity,
+                                  double gradient_scale = 1.0) {
   const auto steps = static_cast<double>((int64_t{1} << bits) - 1);
   const bool full_range = (kFullRangeBits >> parameterization & 1) != 0;
   const double end = (full_range ? steps + 1 : token ? steps - 1 : steps) / 2;
-  return {static_cast<int>(parameterization), static_cast<int>(bits), eps, 1 / steps, end, 1 / end};
+  return {static_cast<int>(parameterization),
+          static_cast<int>(bits),
+          eps,
+          link,
+          gradient_scale,
+          1 / steps,
+          end,
+          1 / end};
 }
 
 ASYMQ_HOST_DEVICE bool is_symmetric(const QuantizerKind& kind) {
   return (kSymmetricBits >> kind.parameterization & 1) != 0;
-}
-
-ASYMQ_HOST_DEVICE bool has_sigmoid(const QuantizerKind& kind) {
-  return (kSigmoidBits >> kind.parameterization & 1) != 0;
 }
 
 ASYMQ_HOST_DEVICE bool has_full_range(const QuantizerKind& kind) {
@@ -390,9 +446,11 @@ ASYMQ_HOST_DEVICE ScaleOffset<P> show_nan(ScaleOffset<P> result) {
 template <class P>
 ASYMQ_HOST_DEVICE ScaleOffset<P> effective_scale_offset(const QuantizerKind& kind,
                                                         const Range<P>& range) {
+  const Range<P> applied{factor_of(kind.link, range.first), factor_of(kind.link, range.second),
+                         range.min, range.max};
   ScaleOffset<P> result{};
   visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
-    result = parameterization.scale_offset(range, kind.divisors<P>(), static_cast<P>(kind.eps));
+    result = parameterization.scale_offset(applied, kind.divisors<P>(), static_cast<P>(kind.eps));
   });
   return show_nan(result);
 }
@@ -454,6 +512,12 @@ ASYMQ_HOST_DEVICE RangeGradientMap make_gradient_map(const QuantizerKind& kind,
           make_grid_point<T>(kind, effective_scale_offset(kind, range))};
 }
 
+/// Gradient of a learned parameter from that of what is applied.
+ASYMQ_HOST_DEVICE double learned_gradient(const QuantizerKind& kind, double learned,
+                                          double applied) {
+  return kind.gradient_scale * (link_derivative(kind.link, learned) * applied);
+}
+
 /// Gradients of the learned parameters of one range from its three sums.
 ASYMQ_HOST_DEVICE RangeGradient range_gradient(const QuantizerKind& kind,
                                                const RangeGradientMap& map,
@@ -462,7 +526,8 @@ ASYMQ_HOST_DEVICE RangeGradient range_gradient(const QuantizerKind& kind,
   visit_parameterization(kind.parameterization, Parameterizations{}, [&](auto parameterization) {
     result = parameterization.gradient(map.range, map.grid, sums);
   });
-  return result;
+  return {learned_gradient(kind, map.range.first, result.first),
+          learned_gradient(kind, map.range.second, result.second)};
 }
 
 }  // namespace asymq

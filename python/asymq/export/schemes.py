@@ -19,6 +19,7 @@ from asymq.export.grids import Grid
 from asymq.export.report import Row
 from asymq.layers.experts import QuantExperts
 from asymq.quantizers import Quantizer, WeightQuantizer, elements
+from asymq.reference import apply_link
 
 PACKED, INT8, INT8_ASYMMETRIC = "pack-quantized", "int-quantized", "naive-quantized"
 MIXED = "mixed-precision"
@@ -402,7 +403,7 @@ def _dynamic(quantizer: Quantizer) -> str:
 
 def _factors(quantizer: Quantizer) -> Tensor:
     factors = torch.cat([getattr(quantizer, name).detach() for name in quantizer.learned])
-    return factors.sigmoid() if quantizer.spec.sigmoid else factors
+    return apply_link(quantizer.spec.link, factors)
 
 
 def zero_point(grid: Grid) -> Tensor:

@@ -204,7 +204,7 @@ def _attention(
         is_causal = getattr(module, "is_causal", False)
     causal = mask is None and scores.shape[-2] == scores.shape[-1] and bool(is_causal)
     window = sliding_window if causal else None
-    ranges = fused.ranges_of(before, after)
+    ranges = fused.ranges_of(scores, before, after)
     if ranges is not None and not dropout and not torch.compiler.is_compiling():
         probabilities = ops.quantized_softmax(scores, mask, *ranges, causal=causal, window=window)
         context = _attend(probabilities, value, scores, mask, causal, window, *ranges)

@@ -20,14 +20,14 @@ HIDES = -1e4
 _HIDES_IN_BFLOAT16 = torch.tensor(HIDES, dtype=torch.bfloat16).item()
 
 
-def ranges_of(*quantizers: Quantizer | None) -> list[ops.RangeArguments] | None:
+def ranges_of(x: Tensor, *quantizers: Quantizer | None) -> list[ops.RangeArguments] | None:
     """What one kernel takes for all of these, each with a stored range; None where they must be
-    called one by one."""
+    called one by one. x: of the shape that they quantize, with its samples along the first axis."""
     ranges = []
     for quantizer in quantizers:
         if quantizer is None or quantizer.live or not quantizer.fusible:
             return None
-        ranges.append(quantizer.range_arguments())
+        ranges.append(quantizer.range_arguments(x))
     return ranges
 
 
@@ -39,7 +39,7 @@ def may_skip(child: nn.Module, cls: type[Child]) -> TypeGuard[Child]:
 
 def gelu(x: Tensor, before: Quantizer | None, after: Quantizer | None) -> Tensor:
     """after(gelu(before(x))) with GELU's tanh approximation, of any shape."""
-    ranges = ranges_of(before, after)
+    ranges = ranges_of(x, before, after)
     if ranges is not None:
         return ops.quantized_gelu(x, *ranges)
     return apply(after, F.gelu(apply(before, x), approximate="tanh"))
@@ -49,7 +49,7 @@ def glu(gate: Tensor, up: Tensor, activation: nn.Module, after: Quantizer | None
     """after(activation(gate) * up), of any shape."""
     function = gating_function(activation)
     if function and after is not None and after.fusible and is_unobserved(activation):
-        return ops.quantized_glu(gate, up, after.range_arguments(), activation=function)
+        return ops.quantized_glu(gate, up, after.range_arguments(gate), activation=function)
     return apply(after, activation(gate) * up)
 
 
@@ -60,7 +60,7 @@ def may_normalize(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> Tensor:
     """quantizer(weight * x / rms(x)) as LlamaRMSNorm computes it, of a weight that is quantized."""
-    return ops.quantized_rms_norm(x, weight, quantizer.range_arguments(), eps=eps)
+    return ops.quantized_rms_norm(x, weight, quantizer.range_arguments(x), eps=eps)
 
 
 def softmax(
@@ -80,7 +80,7 @@ def softmax(
     sees no key the kernel gives 0, single operations what `after` makes of the uniform
     distribution, as eager attention.
     """
-    ranges = ranges_of(before, after)
+    ranges = ranges_of(scores, before, after)
     if ranges is not None:
         return ops.quantized_softmax(scores, mask, *ranges, causal=causal, window=window)
     dtype, scores = scores.dtype, apply(before, scores)
@@ -116,12 +116,14 @@ def cross_entropy(
 ) -> Tensor:
     """-log softmax(quantizer(logits))[label] of every row, 0 where the label is ignore_index.
 
-    logits: [tokens, classes]. labels: [tokens]. Returns [tokens], in float32 (float64 for float64).
+    logits: [..., classes], as they are quantized. labels: one for each row, of one dimension, which
+    the result has, in float32 (float64 for float64).
     """
-    ranges = ranges_of(quantizer)
+    ranges = ranges_of(logits, quantizer)
     if ranges is not None:
-        return ops.quantized_cross_entropy(logits, labels, *ranges, ignore_index=ignore_index)
-    logits = apply(quantizer, logits)
+        rows = logits.reshape(-1, logits.shape[-1])
+        return ops.quantized_cross_entropy(rows, labels, *ranges, ignore_index=ignore_index)
+    logits = apply(quantizer, logits).reshape(-1, logits.shape[-1])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
 
@@ -137,20 +139,21 @@ def kl_div(
     """T²·KL(softmax(teacher_logits/T) || softmax(quantizer(logits)/T)) of every row, T the
     temperature, 0 where the label is ignore_index.
 
-    logits, teacher_logits: [tokens, classes]. labels: [tokens]. Returns [tokens], in float32
-    (float64 for float64).
+    logits, teacher_logits: [..., classes], as they are quantized. labels: one for each row, of one
+    dimension, which the result has, in float32 (float64 for float64).
     """
-    ranges = ranges_of(quantizer)
+    ranges = ranges_of(logits, quantizer)
+    teacher_logits = teacher_logits.reshape(-1, logits.shape[-1])
     if ranges is not None:
         return ops.quantized_kl_div(
-            logits,
+            logits.reshape(-1, logits.shape[-1]),
             teacher_logits,
             *ranges,
             labels=labels,
             temperature=temperature,
             ignore_index=ignore_index,
         )
-    logits = apply(quantizer, logits)
+    logits = apply(quantizer, logits).reshape(-1, logits.shape[-1])
     wide = torch.promote_types(logits.dtype, torch.float32)
     student = torch.log_softmax(logits.to(wide) / temperature, -1)
     target = torch.softmax(teacher_logits.to(wide) / temperature, -1)

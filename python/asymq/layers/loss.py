@@ -60,7 +60,7 @@ def causal_lm_loss(
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.flatten().to(raw.device)
-    losses = fused.cross_entropy(raw.view(-1, vocab_size), shift_labels, quantizer, ignore_index)
+    losses = fused.cross_entropy(raw, shift_labels, quantizer, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
     elif isinstance(num_items_in_batch, Tensor):

@@ -24,12 +24,13 @@ from asymq.quantizers.quantizer import (
     named_quantizers,
 )
 from asymq.quantizers.sharing import generating, sharing
-from asymq.quantizers.spec import PARAMETERIZATIONS, QuantSpec, split_parameterization
+from asymq.quantizers.spec import LINKS, PARAMETERIZATIONS, QuantSpec, split_parameterization
 from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elements
 
 __all__ = [
     "EXACT",
     "METHODS",
+    "LINKS",
     "OBSERVING",
     "OFF",
     "PARAMETERIZATIONS",

@@ -85,9 +85,10 @@ class Quantizer(nn.Module):
         self._arguments = spec.learnable if self.live else spec.learnable + spec.constant
         self._options: dict[str, Any] = {"bits": spec.bits, "eps": spec.eps}
         self._options |= spec.granularity.options()
-        for option in ("sigmoid", "full_range"):
-            if getattr(spec, option):
-                self._options[option] = True
+        if spec.link != "identity":
+            self._options["link"] = spec.link
+        if spec.full_range:
+            self._options["full_range"] = True
 
         def empty():
             return torch.full(shape, math.nan, dtype=self.range_dtype, device=device)
@@ -142,6 +143,7 @@ class Quantizer(nn.Module):
             spec.symmetric,
             spec.sigmoid,
             spec.full_range,
+            spec.link,
         )
         values = {"min": low, "max": high} | dict(zip(spec.learnable, first, strict=True))
         for name in (*self.learned, *self.constants):
@@ -188,9 +190,22 @@ class Quantizer(nn.Module):
         low, high = self.extrema(x.detach())
         return (*tensors, *((torch.maximum(-low, high),) if self.spec.symmetric else (low, high)))
 
-    def range_arguments(self) -> ops.RangeArguments:
+    def scale_of_gradient(self, x: Tensor) -> float:
+        """What the gradients of the range's parameters are multiplied by where x is quantized."""
+        if self.spec.gradient_scale is None:
+            return 1.0
+        return self.spec.scale_of_gradient(self.elements_of_sample(x) // self.range_shape.numel())
+
+    def elements_of_sample(self, x: Tensor) -> int:
+        """How many elements the ranges' parameters share, those of all batches alike."""
+        return x.shape[1:].numel()
+
+    def range_arguments(self, x: Tensor) -> ops.RangeArguments:
         """As operators take it that do more than quantize: a stored range, or that of each token.
-        RuntimeError if uncalibrated."""
+
+        x: of the shape that is quantized, its samples along the first axis. RuntimeError if
+        uncalibrated.
+        """
         if not self.reached:
             self._reach()
         if not self.calibrated:
@@ -205,6 +220,8 @@ class Quantizer(nn.Module):
             spec.eps,
             spec.full_range,
             token=self.live,
+            link=spec.link,
+            gradient_scale=self.scale_of_gradient(x),
         )
 
     def shape_on(self, x: Tensor) -> torch.Size:
@@ -341,7 +358,7 @@ class Quantizer(nn.Module):
                 stacklevel=2,
             )
         if spec.sigmoid:
-            # The first values are σ(4) of the constants.
+            # The first values are σ(4) of the constants, under every other link the constants.
             first = 1 / (1 + math.exp(-4.0))
             low, high = low / first, high / first
         self.set_range(low, high)
@@ -386,7 +403,13 @@ class Quantizer(nn.Module):
         if shape != self.range_shape:
             ranges = tuple(tensor.view(shape) for tensor in ranges)
         function = getattr(functions.namespace(), self.spec.function)
-        return function(x, *ranges, **self._options)
+        return function(x, *ranges, **self._options_on(x))
+
+    def _options_on(self, x: Tensor) -> dict[str, Any]:
+        """What the operator is called with that quantizes x."""
+        if self.spec.gradient_scale is None:
+            return self._options
+        return {**self._options, "gradient_scale": self.scale_of_gradient(x)}
 
     @property
     def uses(self) -> float:
@@ -605,8 +628,9 @@ def disable_quantizers(model: nn.Module) -> None:
 def convert_parameterization(model: nn.Module, to: str) -> None:
     """Learns the present ranges of a model or module under another parameterization.
 
-    to: "scale_offset", "min_max", "beta_gamma", "beta_gamma_sigmoid" or "kscale_koffset" (whose
-    symmetric counterpart is the scale). The range parameters are new ones: make the optimizer after
+    to: "scale_offset", "min_max", "beta_gamma", "kscale_koffset" (whose symmetric counterpart is
+    the scale), or with a link "beta_gamma_sigmoid", "beta_gamma_exp", "beta_gamma_softplus" or
+    "beta_gamma_clamp". The range parameters are new ones: make the optimizer after
     this. ValueError, before anything is changed: unknown names, dynamic ranges, a fixed minimum
     that the parameterization does not know, no quantizer.
     """

@@ -27,19 +27,23 @@ _LEARNABLE = {
     ("min_max", True): ("max",),
     ("beta_gamma", True): ("gamma",),
 }
-_NOT_IN_0_1 = ("full_range", "learn")
+_NOT_IN_0_1 = ("full_range", "learn", "link", "gradient_scale")
 PARAMETERIZATIONS = tuple(name for name, symmetric in _LEARNABLE if not symmetric)
+LINKS = ("identity", "sigmoid", "exp", "softplus", "clamp")
+# What one string names: a parameterization, or beta_gamma and a link.
+_SPLIT = {
+    base if link == "identity" else f"{base}_{link}": (base, link)
+    for base in PARAMETERIZATIONS
+    for link in (LINKS if base == "beta_gamma" else LINKS[:1])
+}
+NAMES = tuple(_SPLIT)
 
 
-def split_parameterization(name: str) -> tuple[str, bool]:
-    """The parameterization and whether its factors are sigmoids, of a name such as
-    "beta_gamma_sigmoid"."""
-    sigmoid = name == "beta_gamma_sigmoid"
-    base = "beta_gamma" if sigmoid else name
-    if base not in PARAMETERIZATIONS:
-        known = ", ".join((*PARAMETERIZATIONS, "beta_gamma_sigmoid"))
-        raise ValueError(f"asymq: unknown parameterization {name!r}; there are {known}")
-    return base, sigmoid
+def split_parameterization(name: str) -> tuple[str, str]:
+    """The parameterization and the link of its factors, of a name such as "beta_gamma_sigmoid"."""
+    if name not in _SPLIT:
+        raise ValueError(f"asymq: unknown parameterization {name!r}; there are {', '.join(NAMES)}")
+    return _SPLIT[name]
 
 
 class Json(ABC):
@@ -82,12 +86,17 @@ class QuantSpec(Json):
     bits: 2 to 16. symmetric: the grid is symmetric around 0 and the counterpart of the
     parameterization is learned (s, θmax or γ). granularity: which elements share a range.
     parameterization: "scale_offset", "min_max", "beta_gamma" or "kscale_koffset". sigmoid
-    (beta_gamma alone): the factors are σ(β) and σ(γ). dynamic (beta_gamma alone): θmin and θmax are
+    (beta_gamma alone): the same as link="sigmoid". dynamic (beta_gamma alone): θmin and θmax are
     the live minimum and maximum of the whole tensor, in a causal model of later tokens too. fix_min
     (min_max and beta_gamma, asymmetric): the lower end does not learn, for one-sided data. eps: the
     least effective scale. full_range (symmetric alone): the grid has one more step below zero,
     codes -(k + 1)/2 to (k - 1)/2, such as -8 to 7 of INT4. learn: whether the range is learned;
-    False: its parameters require no gradient.
+    False: its parameters require no gradient. link (beta_gamma alone): what a factor is of what is
+    learned, v: "identity" v, "sigmoid" σ(v), "exp" e^v, "softplus" log(1 + e^v), or "clamp", v held
+    in [1/4, 4], whose gradient passes straight through. gradient_scale: what the gradients of the
+    range's parameters are multiplied by, None for 1, or "lsq" (Esser et al. 2020): 1/√(N·Q), where
+    Q is (k - 1)/2 if symmetric, else k, and N counts the elements that share a parameter: of a
+    weight all, of an activation those of one sample, an index of its first axis.
 
     PerToken granularity makes a range dynamic: it belongs to asymmetric or symmetric beta_gamma.
     """
@@ -102,6 +111,8 @@ class QuantSpec(Json):
     eps: float = 1e-8
     full_range: bool = False
     learn: bool = True
+    link: str = "identity"
+    gradient_scale: float | str | None = None
 
     def __post_init__(self) -> None:
         def need(holds, what):
@@ -127,8 +138,16 @@ class QuantSpec(Json):
         need(
             name in PARAMETERIZATIONS,
             f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {name!r}"
-            + (": that is beta_gamma with sigmoid=True" if name == "beta_gamma_sigmoid" else ""),
+            + (f": that is beta_gamma with link={_SPLIT[name][1]!r}" if name in NAMES else ""),
         )
+        need(self.link in LINKS, f"link must be one of {', '.join(LINKS)}, got {self.link!r}")
+        need(
+            not self.sigmoid or self.link in ("identity", "sigmoid"),
+            f'sigmoid=True is link="sigmoid": leave it or link={self.link!r} out',
+        )
+        # One spec, whichever of the two says so.
+        object.__setattr__(self, "link", "sigmoid" if self.sigmoid else self.link)
+        object.__setattr__(self, "sigmoid", self.link == "sigmoid")
         need(
             (name, self.symmetric) in _LEARNABLE,
             f"{name} has no symmetric counterpart; symmetric needs scale_offset, min_max or "
@@ -142,9 +161,10 @@ class QuantSpec(Json):
             )
             need(not self.fix_min, "PerToken() learns both factors: fix_min must be False")
             object.__setattr__(self, "dynamic", True)
-        for option in ("sigmoid", "dynamic"):
+        options = {f"link {self.link}": self.link != "identity", "dynamic": self.dynamic}
+        for option, given in options.items():
             need(
-                not getattr(self, option) or name == "beta_gamma",
+                not given or name == "beta_gamma",
                 f"{option} belongs to beta_gamma, got parameterization {name!r}",
             )
         need(
@@ -160,6 +180,15 @@ class QuantSpec(Json):
             isinstance(self.eps, Real) and 0 < self.eps < math.inf,
             f"eps must be positive and finite, got {self.eps!r}",
         )
+        scale = self.gradient_scale
+        need(
+            scale is None
+            or scale == "lsq"
+            or (isinstance(scale, Real) and not isinstance(scale, bool) and 0 < scale < math.inf),
+            f'gradient_scale must be None, "lsq" or positive and finite, got {scale!r}',
+        )
+        if isinstance(scale, Real):
+            object.__setattr__(self, "gradient_scale", float(scale))  # numpy's numbers, too
 
     @property
     def steps(self) -> int:
@@ -198,27 +227,45 @@ class QuantSpec(Json):
     @property
     def options(self) -> list[str]:
         """The names of the options that are on."""
-        names = ("sigmoid", "dynamic", "fix_min", "full_range")
-        return [n for n in names if getattr(self, n)] + ([] if self.learn else ["not learned"])
+        names = [] if self.link == "identity" else [self.link]
+        names += [n for n in ("dynamic", "fix_min", "full_range") if getattr(self, n)]
+        if self.gradient_scale is not None:
+            names.append(f"gradient_scale={self.gradient_scale}")
+        return names + ([] if self.learn else ["not learned"])
+
+    def scale_of_gradient(self, elements: int) -> float:
+        """What the gradient of a parameter is multiplied by that so many elements share, of an
+        activation those of one sample."""
+        if self.gradient_scale == "lsq":
+            most = (self.steps - 1) / 2 if self.symmetric else self.steps
+            return (max(1, elements) * most) ** -0.5
+        return 1.0 if self.gradient_scale is None else float(self.gradient_scale)
 
     def replace(self, **changes) -> QuantSpec:
         """This quantizer with other fields, such as ``spec.replace(bits=3)``. One that is dynamic
-        for its tokens' sake is not so with another granularity."""
+        for its tokens' sake is not so with another granularity, and of sigmoid and link the one
+        that is named counts."""
         if self.granularity.of_tokens and "granularity" in changes:
             changes.setdefault("dynamic", False)
+        if "link" in changes:
+            changes.setdefault("sigmoid", False)
+        elif changes.get("sigmoid", self.sigmoid) != self.sigmoid:
+            changes["link"] = "identity"
         return dataclasses.replace(self, **self._known(changes))
 
     def with_parameterization(self, name: str) -> QuantSpec:
-        """This quantizer under another parameterization, "beta_gamma_sigmoid" among them. The
-        symmetric counterpart of one that has none (kscale_koffset) is taken to be the learned
-        scale."""
-        base, sigmoid = split_parameterization(name)
+        """This quantizer under another parameterization, "beta_gamma_sigmoid" and the names of the
+        other links among them. The symmetric counterpart of one that has none (kscale_koffset) is
+        taken to be the learned scale."""
+        base, link = split_parameterization(name)
         if (base, self.symmetric) not in _LEARNABLE:
             base = "scale_offset"
-        return self.replace(parameterization=base, sigmoid=sigmoid)
+        return self.replace(parameterization=base, link=link)
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.sigmoid:
+            values["link"] = type(self).link  # one of the two says it
         for name in _NOT_IN_0_1:
             # A state keeps the size that it has in version 0.1, which reads it.
             if values[name] == getattr(type(self), name):

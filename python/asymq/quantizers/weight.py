@@ -48,6 +48,10 @@ class WeightQuantizer(Quantizer):
         """Of the range of a weight that says nothing: the bound of torch's own initialization."""
         return max(1, self.fan_in) ** -0.5
 
+    def elements_of_sample(self, x: Tensor) -> int:
+        """All of them: a weight has no batches."""
+        return self.weight_shape.numel()
+
     @property
     def uses(self) -> float:
         """Any number: its users may call each other."""
@@ -69,7 +73,7 @@ class WeightQuantizer(Quantizer):
         self.shape_on(x)
         factors = (getattr(self, name) for name in self.spec.learnable)
         return functions.namespace()._fake_quantize_live(
-            x, *factors, group=self._group, symmetric=self.spec.symmetric, **self._options
+            x, *factors, group=self._group, symmetric=self.spec.symmetric, **self._options_on(x)
         )
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -118,8 +118,7 @@ class SelfDistillation:
             )
         raw, quantizer = unquantized(logits) or (logits, None)
         labels = torch.where(counted, 0, IGNORED).flatten()
-        rows, targets = (x.reshape(-1, x.shape[-1]) for x in (raw, target.to(raw)))
-        return fused.kl_div(rows, targets, labels, quantizer, self.temperature, IGNORED)
+        return fused.kl_div(raw, target.to(raw), labels, quantizer, self.temperature, IGNORED)
 
     def _teach(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The teacher's logits, and its hidden outputs."""

@@ -33,9 +33,9 @@ def quantizer(name: str, low: float, high: float, dtype, device, bits=8) -> Rang
         tuple(tensors),
         bits,
         symmetric,
-        row.sigmoid,
         full_range=row.full_range,
         token=name in DYNAMIC,
+        link=row.link,
     )
 
 
@@ -54,7 +54,7 @@ def in_layout(layout: str, shape: tuple[int, ...], device) -> Tensor:
 
 def fake_quantize(x: Tensor, name: str, range_: RangeArguments) -> Tensor:
     row = ROWS[name]
-    options: dict = {"sigmoid": True} if row.sigmoid else {}
+    options: dict = {"link": row.link} if row.link != "identity" else {}
     options |= {"full_range": True} if row.full_range else {}
     options |= {"group": range_.group} if range_.token else {}
     function = getattr(asymq, f"fake_quantize_{row.function}")
@@ -71,9 +71,9 @@ def scale_of(range_: RangeArguments) -> Tensor:
         *range_.parameters,
         bits=range_.bits,
         symmetric=range_.symmetric,
-        sigmoid=range_.sigmoid,
         eps=range_.eps,
         full_range=range_.full_range,
+        link=range_.link,
     )
     return scale
 
@@ -93,11 +93,15 @@ def flat(range_: RangeArguments | None) -> tuple:
 
 def named(name: str, range_: RangeArguments, whose: str = "") -> dict:
     """As the private operators take it, by their arguments' names."""
+    row = ROWS[name]
+    known = row.function.removeprefix("dynamic_") + "_full_range" * row.full_range
     return {
         f"{whose}ranges": list(range_.parameters),
-        f"{whose}parameterization": list(reference.PARAMETERIZATIONS).index(name),
+        f"{whose}parameterization": list(reference.PARAMETERIZATIONS).index(known),
         f"{whose}bits": range_.bits,
         f"{whose}eps": range_.eps,
+        f"{whose}link": list(reference.LINKS).index(range_.link),
+        f"{whose}gradient_scale": range_.gradient_scale,
         f"{whose}token": range_.token,
         f"{whose}group": range_.group,
     }

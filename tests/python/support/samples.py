@@ -8,6 +8,7 @@ every pair of values of any two factors occurs in it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class Parameterization(NamedTuple):
     function: str
     learned: tuple[str, ...]
     fixed: tuple[str, ...]
-    sigmoid: bool
+    link: str
     from_range: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
     full_range: bool = False
 
@@ -37,9 +38,19 @@ def _beta_gamma(low, high, k):
     return beta, gamma, low / beta, high / gamma
 
 
-def _beta_gamma_sigmoid(low, high, k):
-    beta, gamma = torch.full_like(low, 4.0), torch.full_like(low, 1.25)
-    return beta, gamma, low / beta.sigmoid(), high / gamma.sigmoid()
+# What of a link: f, and values of beta and gamma.
+LINKS = {
+    "sigmoid": (torch.sigmoid, 4.0, 1.25),
+    "exp": (torch.exp, -0.25, 0.5),
+    "softplus": (torch.nn.functional.softplus, 0.75, -0.5),
+    "clamp": (lambda v: v.clamp(0.25, 4), 0.75, 5.0),  # gamma is held at 4
+}
+
+
+def _linked(link, low, high, k):
+    f, *values = LINKS[link]
+    beta, gamma = (torch.full_like(low, value) for value in values)
+    return beta, gamma, low / f(beta), high / f(gamma)
 
 
 def _kscale_koffset(low, high, k):
@@ -52,42 +63,55 @@ def _half(low, high):
 
 
 PARAMETERIZATIONS = {
-    "scale_offset": Parameterization("scale_offset", ("scale", "offset"), (), False, _scale_offset),
+    "scale_offset": Parameterization(
+        "scale_offset", ("scale", "offset"), (), "identity", _scale_offset
+    ),
     "min_max": Parameterization(
-        "min_max", ("min", "max"), (), False, lambda low, high, k: (low.clone(), high.clone())
+        "min_max", ("min", "max"), (), "identity", lambda low, high, k: (low.clone(), high.clone())
     ),
     "beta_gamma": Parameterization(
-        "beta_gamma", ("beta", "gamma"), ("min", "max"), False, _beta_gamma
+        "beta_gamma", ("beta", "gamma"), ("min", "max"), "identity", _beta_gamma
     ),
-    "beta_gamma_sigmoid": Parameterization(
-        "beta_gamma", ("beta", "gamma"), ("min", "max"), True, _beta_gamma_sigmoid
-    ),
+    **{
+        f"beta_gamma_{link}": Parameterization(
+            "beta_gamma", ("beta", "gamma"), ("min", "max"), link, functools.partial(_linked, link)
+        )
+        for link in LINKS
+    },
     "kscale_koffset": Parameterization(
-        "kscale_koffset", ("kscale", "koffset"), (), False, _kscale_koffset
+        "kscale_koffset", ("kscale", "koffset"), (), "identity", _kscale_koffset
     ),
     "symmetric_scale": Parameterization(
-        "symmetric_scale", ("scale",), (), False, lambda low, high, k: (_half(low, high) * 2 / k,)
+        "symmetric_scale",
+        ("scale",),
+        (),
+        "identity",
+        lambda low, high, k: (_half(low, high) * 2 / k,),
     ),
     "symmetric_max": Parameterization(
-        "symmetric_max", ("max",), (), False, lambda low, high, k: (_half(low, high),)
+        "symmetric_max", ("max",), (), "identity", lambda low, high, k: (_half(low, high),)
     ),
     "symmetric_gamma": Parameterization(
         "symmetric_gamma",
         ("gamma",),
         ("max",),
-        False,
+        "identity",
         lambda low, high, k: (torch.full_like(low, 0.625), _half(low, high) / 0.625),
     ),
     "symmetric_gamma_sigmoid": Parameterization(
         "symmetric_gamma",
         ("gamma",),
         ("max",),
-        True,
+        "sigmoid",
         lambda low, high, k: (torch.full_like(low, 1.25), _half(low, high) / 0.7773),
     ),
 }
 for _name in [name for name in PARAMETERIZATIONS if name.startswith("symmetric")]:
     PARAMETERIZATIONS[f"{_name}_full_range"] = PARAMETERIZATIONS[_name]._replace(full_range=True)
+PARAMETERIZATIONS["symmetric_gamma_softplus"] = PARAMETERIZATIONS["symmetric_gamma"]._replace(
+    link="softplus",
+    from_range=lambda low, high, k: (torch.full_like(low, 0.75), _half(low, high) / 1.1368),
+)
 
 # The factors alone: the ends are those of x.
 DYNAMIC = {
@@ -256,8 +280,14 @@ class Sample:
         return torch.stack((parameter, torch.zeros_like(parameter)), dim=-1)[..., 0].detach()
 
     def keywords(self) -> dict:
-        options = {"sigmoid": self.spec.sigmoid, "full_range": self.spec.full_range}
-        return {"bits": self.bits} | {name: True for name, value in options.items() if value}
+        options = {"bits": self.bits}
+        options |= {"link": self.spec.link} if self.spec.link != "identity" else {}
+        return options | ({"full_range": True} if self.spec.full_range else {})
+
+    @property
+    def loose(self) -> bool:
+        """Whether functions of two libraries go into the ranges, whose last bits may differ."""
+        return self.spec.link not in ("identity", "clamp") and self.dtype == "float64"
 
     def call(self, module, x: Tensor, *parameters: Tensor, **keywords) -> Tensor:
         """The parameterization's function of `module`: asymq or asymq.reference."""
@@ -266,10 +296,11 @@ class Sample:
 
     def dispatcher_arguments(self, x: Tensor, *parameters: Tensor, eps: float = 1e-8) -> tuple:
         """The same call for torch.ops.asymq, where everything is positional."""
-        sigmoid = (self.spec.sigmoid,) if self.spec.fixed else ()
+        sigmoid, link = ((False,), (self.spec.link,)) if self.spec.fixed else ((), ())
         symmetric = self.spec.function.startswith("symmetric")
         full_range = (self.spec.full_range,) if symmetric else ()
-        return (x, *parameters, self.bits, *sigmoid, eps, *full_range)
+        scale = 0.75
+        return (x, *parameters, self.bits, *sigmoid, eps, *full_range, *link, scale)
 
 
 # How the last axis is cut: the size of a group, and how many factors there are.
@@ -327,7 +358,7 @@ class DynamicSample(Sample):
     def dispatcher_arguments(self, x: Tensor, *parameters: Tensor, eps: float = 1e-8) -> tuple:
         full_range = (self.spec.full_range,) if len(self.spec.learned) == 1 else ()
         group = self._cut()[0]
-        return (x, *parameters, group, self.bits, self.spec.sigmoid, *full_range, eps)
+        return (x, *parameters, group, self.bits, False, *full_range, eps, self.spec.link, 0.75)
 
     def static(self, x: Tensor, factors: tuple[Tensor, ...]) -> tuple[Sample, tuple[Tensor, ...]]:
         """The static sample and the parameters of every group that do the same, but that a token's

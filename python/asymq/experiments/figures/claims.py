@@ -25,6 +25,7 @@ from asymq.experiments.figures.toy_problem import (
     Target,
 )
 from asymq.experiments.figures.verdict import Claim, Missing, judge
+from asymq.quantizers import LINKS
 
 SAME = 0.02  # of the span: ends no further apart are at the same place
 
@@ -202,14 +203,19 @@ def _min_max_plus_overlays(runs: Runs) -> tuple[str, bool]:
     return measured, bool(torch.cat(far).max() < SAME)
 
 
-def _sigmoid_is_slower(runs: Runs) -> tuple[str, bool]:
-    pairs = list(zip(runs.drawn("beta_gamma_sigmoid"), runs.drawn("beta_gamma"), strict=True))
+def _steps_over_those_without(runs: Runs, link: str) -> tuple[str, list[Tensor]]:
+    """Of arrival under a link, in words and for each pair of curves."""
+    pairs = list(zip(runs.drawn(f"beta_gamma_{link}"), runs.drawn("beta_gamma"), strict=True))
     slower = [a.arrival() / b.arrival() for a, b in pairs]
     text = "; ".join(
         f"{b.curve.lr} {b.curve.bits} bits: {_slower(d)}"
         for (_, b), d in zip(pairs, slower, strict=True)
     )
-    measured = f"steps to 1.05 x best with sigmoid over those without: {text}"
+    return f"steps to 1.05 x best with {link} over those without: {text}", slower
+
+
+def _sigmoid_is_slower(runs: Runs) -> tuple[str, bool]:
+    measured, slower = _steps_over_those_without(runs, "sigmoid")
     return measured, all(bool((d > 1).all()) for d in slower)
 
 
@@ -226,6 +232,35 @@ FIGURE5 = (
     ),
     Claim("min/max+ overlaps perfectly with beta/gamma without sigmoid.", _min_max_plus_overlays),
     Claim("The sigmoid slows beta/gamma down.", _sigmoid_is_slower),
+)
+
+
+# ---- links of the factors ----------------------------------------------------------------------
+
+
+def _linked(runs: Runs) -> list[str]:
+    names = [f"beta_gamma_{link}" for link in LINKS[1:]]
+    runs.need("beta_gamma", *names)
+    return names
+
+
+def _all_links_converge(runs: Runs) -> tuple[str, bool]:
+    drawn = [run for name in ("beta_gamma", *_linked(runs)) for run in runs.drawn(name)]
+    return _each(drawn, _summary), all(n == of for n, of in (converged([r]) for r in drawn))
+
+
+def _no_link_is_faster(runs: Runs) -> tuple[str, bool]:
+    _linked(runs)
+    found = [_steps_over_those_without(runs, link) for link in LINKS[1:]]
+    return (
+        ". ".join(text for text, _ in found),
+        all(bool((d >= 1).all()) for _, slower in found for d in slower),
+    )
+
+
+LINKS_OF_FACTORS = (
+    Claim("Whatever the link, beta/gamma converges to the best range.", _all_links_converge),
+    Claim("No link arrives earlier than beta/gamma without one.", _no_link_is_faster),
 )
 
 # ---- Figure 6 ----------------------------------------------------------------------------------

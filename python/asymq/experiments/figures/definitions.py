@@ -9,6 +9,7 @@ from asymq.experiments.common.files import BadInput
 from asymq.experiments.figures import SEEDS, STEPS, claims
 from asymq.experiments.figures.toy_problem import VARIANTS, Curve, Data
 from asymq.experiments.figures.verdict import Claim
+from asymq.quantizers import LINKS
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ FIGURES = {
         claims.FIGURE5,
         Data(std=50),
         note="The sigmoid's arguments start at 4.",
+    ),
+    "links": Experiment(
+        "Links: what the factors of beta/gamma are of what is learned",
+        ("beta_gamma", *(f"beta_gamma_{link}" for link in LINKS[1:])),
+        (3, 10),
+        ("5e-3", "1e-3"),
+        claims.LINKS_OF_FACTORS,
+        Data(std=50),
+        note="The paper has no figure of this; it is Figure 5's experiment.",
     ),
     "figure6": Experiment(
         "Figure 6: appropriate learning rates for scale/offset",

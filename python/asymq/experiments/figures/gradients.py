@@ -84,7 +84,7 @@ def exact(title: str, x: Tensor) -> dict[str, Tensor]:
 
     rows = x.double().reshape(-1, 1).requires_grad_()
     learned = [column(value, True) for value in values]
-    options = {"sigmoid": True} if spec.sigmoid else {}
+    options = {} if spec.link == "identity" else {"link": spec.link}
     function = getattr(asymq, spec.function)
     quantized = function(
         rows, *learned, *(column(v, False) for v in constants), bits=spec.bits, **options
@@ -139,7 +139,7 @@ def _terms(title: str) -> SimpleNamespace:
         *tensors,
         bits=spec.bits,
         symmetric=spec.symmetric,
-        sigmoid=spec.sigmoid,
+        link=spec.link,
     )
     s, k = scale.item(), spec.steps
     z = -(k - 1) / 2 if offset is None else offset.item()

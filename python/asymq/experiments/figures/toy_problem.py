@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import asymq
 from asymq import PerChannel, QuantAct, QuantSpec
-from asymq.quantizers import Quantizer
+from asymq.quantizers import LINKS, Quantizer
 from asymq.training.step_rules import StepRule
 
 SAMPLES = 10_000
@@ -49,7 +49,10 @@ VARIANTS = {
     "scale_offset": Variant("scale/offset", _named("scale_offset")),
     "min_max": Variant("min/max", _named("min_max")),
     "beta_gamma": Variant("beta/gamma", _named("beta_gamma")),
-    "beta_gamma_sigmoid": Variant("beta/gamma sigmoid", _named("beta_gamma", sigmoid=True)),
+    **{
+        f"beta_gamma_{link}": Variant(f"beta/gamma {link}", _named("beta_gamma", link=link))
+        for link in LINKS[1:]
+    },
     "beta_gamma_dynamic": Variant("dynamic beta/gamma", _named("beta_gamma", dynamic=True)),
     "min_max_plus": Variant("min/max+", _named("min_max"), "min_max_plus"),
     "min_max_frozen": Variant("min/max, θmin frozen", _named("min_max", fix_min=True)),
@@ -258,7 +261,7 @@ def train(curve: Curve, seeds: int, steps: int, best: Best) -> Run:
         *(tensors[name] for name in spec.learnable + spec.constant),
         bits=spec.bits,
         symmetric=spec.symmetric,
-        sigmoid=spec.sigmoid,
+        link=spec.link,
         eps=spec.eps,
     )
     first = -spec.steps / 2 if offset is None else offset

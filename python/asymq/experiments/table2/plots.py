@@ -21,6 +21,9 @@ STYLES = {
     "min_max": ("C0", "o"),
     "beta_gamma": ("C2", "^"),
     "beta_gamma_sigmoid": ("C4", "v"),
+    "beta_gamma_exp": ("C8", ">"),
+    "beta_gamma_softplus": ("C9", "<"),
+    "beta_gamma_clamp": ("C7", "p"),
     "kscale_koffset": ("C1", "D"),
 }
 _MORE_STYLES = (("C5", "P"), ("C6", "X"), ("C8", "<"), ("C9", ">"))

@@ -11,11 +11,7 @@ from asymq.experiments.common.recipes import Recipe
 from asymq.quantizers import spec as specs
 
 # All that a table can have, in the order of its columns.
-COLUMNS = tuple(
-    name
-    for base in specs.PARAMETERIZATIONS
-    for name in (base, *(["beta_gamma_sigmoid"] if base == "beta_gamma" else []))
-)
+COLUMNS = specs.NAMES
 PAPERS = ("scale_offset", "min_max", "beta_gamma")
 # What the paper's setting is called among the recipes.
 PAPERS_SETTING = "table2"
