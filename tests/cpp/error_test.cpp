@@ -71,6 +71,29 @@ TEST_P(ErrorTest, ConstantsThatRequireGrad) {
                {"fake_quantize_symmetric_gamma", "max", "grad"});
 }
 
+TEST_P(ErrorTest, Links) {
+  const Tensor one = at::ones({1}).to(device());
+  const auto beta_gamma = [&](bool sigmoid, std::string_view link, double gradient_scale) {
+    return [=, this] {
+      asymq::fake_quantize_beta_gamma(x, one, one, min, max, 4, sigmoid, kEps, link,
+                                      gradient_scale);
+    };
+  };
+  expect_error(beta_gamma(false, "tanh", 1), {"fake_quantize_beta_gamma", "softplus", "got tanh"});
+  expect_error(beta_gamma(true, "exp", 1), {"fake_quantize_beta_gamma", "sigmoid", "link exp"});
+  for (const double scale : {0.0, -1.0, std::numeric_limits<double>::infinity()}) {
+    expect_error(beta_gamma(false, "exp", scale),
+                 {"fake_quantize_beta_gamma", "gradient_scale", "positive"});
+    expect_error([&] { asymq::fake_quantize_min_max(x, min, max, 4, kEps, scale); },
+                 {"fake_quantize_min_max", "gradient_scale", "positive"});
+  }
+  expect_error(
+      [&] {
+        asymq::effective_scale_offset("min_max", {min, max}, 4, false, false, kEps, false, "exp");
+      },
+      {"effective_scale_offset", "link exp", "min_max"});
+}
+
 TEST_P(ErrorTest, Codes) {
   expect_error([&] { asymq::dequantize(x, max, std::nullopt, 4); }, {"dequantize", "codes"});
 }

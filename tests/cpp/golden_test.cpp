@@ -177,13 +177,61 @@ TEST_P(LiveGoldenTest, EveryCase) {
   }
 }
 
+class LinkGoldenTest : public testing::TestWithParam<std::tuple<at::DeviceType, at::ScalarType>> {};
+
+TEST_P(LinkGoldenTest, EveryCase) {
+  const auto [device, dtype] = GetParam();
+  std::ifstream stream(std::string(ASYMQ_GOLDEN_DIR) + "/train.json");
+  ASSERT_TRUE(stream);
+  const double unit = dtype == at::kFloat ? 1e-5 : 1e-12;
+  int count = 0;
+  for (const json& vector : json::parse(stream)["cases"]) {
+    if (vector["kind"] != "link") continue;
+    ++count;
+    const std::string link = vector["link"];
+    SCOPED_TRACE(link);
+    const auto on_device = [&](const char* name) {
+      return tensor_of(vector[name]).to(device, dtype);
+    };
+    const Tensor upstream = on_device("upstream"), min = on_device("min"), max = on_device("max");
+    const Tensors inputs = {on_device("x").requires_grad_(), on_device("beta").requires_grad_(),
+                            on_device("gamma").requires_grad_()};
+    const auto call = [&](double gradient_scale) {
+      const Tensor xhat =
+          asymq::fake_quantize_beta_gamma(inputs[0], inputs[1], inputs[2], min, max, vector["bits"],
+                                          /*sigmoid=*/false, kEps, link, gradient_scale);
+      Tensors result = torch::autograd::grad({xhat}, inputs, {upstream});
+      result.push_back(xhat);
+      return result;
+    };
+    const Tensors got = call(1), half = call(0.5);
+    const Tensor xhat = tensor_of(vector["xhat"]);
+    EXPECT_TRUE(close(got[3], xhat, xhat.abs(), unit)) << "xhat";
+    EXPECT_TRUE(bit_equal(got[0], tensor_of(vector["grad_x"]).to(dtype))) << "dx";
+    // Their terms cancel, and are at most as large as the ends and the upstream gradients.
+    const Tensor size = 4.7 * tensor_of(vector["upstream"]).abs().sum();
+    EXPECT_TRUE(close(got[1], tensor_of(vector["grad_beta"]), size, unit)) << "gradient of beta";
+    EXPECT_TRUE(close(got[2], tensor_of(vector["grad_gamma"]), size, unit)) << "gradient of gamma";
+    for (const size_t i : {0, 3}) EXPECT_TRUE(bit_equal(half[i], got[i].cpu()));
+    for (const size_t i : {1, 2}) EXPECT_TRUE(bit_equal(half[i], (0.5 * got[i]).cpu()));
+  }
+  EXPECT_EQ(count, 4);
+}
+
+std::string device_and_type(const testing::TestParamInfo<LiveGoldenTest::ParamType>& info) {
+  return c10::DeviceTypeName(std::get<0>(info.param), /*lower_case=*/true) + std::string("_") +
+         c10::toString(std::get<1>(info.param));
+}
+
 INSTANTIATE_TEST_SUITE_P(, LiveGoldenTest,
                          testing::Combine(testing::ValuesIn(devices()),
                                           testing::Values(at::kFloat, at::kDouble)),
-                         [](const auto& info) {
-                           return c10::DeviceTypeName(std::get<0>(info.param), true) +
-                                  std::string("_") + c10::toString(std::get<1>(info.param));
-                         });
+                         device_and_type);
+
+INSTANTIATE_TEST_SUITE_P(, LinkGoldenTest,
+                         testing::Combine(testing::ValuesIn(devices()),
+                                          testing::Values(at::kFloat, at::kDouble)),
+                         device_and_type);
 
 std::string case_name(const testing::TestParamInfo<GoldenTest::ParamType>& info) {
   return std::get<0>(info.param).file + "_" +

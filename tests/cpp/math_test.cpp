@@ -114,8 +114,6 @@ TEST(Parameterization, EachNameAppearsOnce) {
                            "symmetric_scale", "symmetric_max", "symmetric_gamma"}) {
     EXPECT_GE(position_of(name), 0) << name;
   }
-  EXPECT_GE(position_of("beta_gamma", true), 0);
-  EXPECT_GE(position_of("symmetric_gamma", true), 0);
   for (const char* name : {"symmetric_scale", "symmetric_max", "symmetric_gamma"}) {
     EXPECT_GE(position_of(name, true), 0) << name;
   }

@@ -153,6 +153,40 @@ ERRORS = [
     (TOKEN_GAMMA, (X, DOUBLE), {}, "gamma must be float32, got Double"),
     (TOKEN, (X, ONE, ONE), {"eps": 0.0}, "eps must be positive and finite, got 0"),
     (TOKEN_GAMMA, (X, t(1, device="meta")), {}, "gamma must be on x's device cpu, got meta"),
+    *(
+        (name, (X, *(ONE,) * ranges), keywords, message)
+        for name, ranges in ((BETA_GAMMA, 4), (GAMMA, 2), (TOKEN, 2), (TOKEN_GAMMA, 1))
+        for keywords, message in (
+            (
+                {"link": "tanh"},
+                "link must be identity, sigmoid, exp, softplus or clamp, got tanh",
+            ),
+            (
+                {"sigmoid": True, "link": "exp"},
+                "sigmoid is a link itself: .* got sigmoid and the link exp",
+            ),
+        )
+    ),
+    *(
+        (
+            name,
+            (X, *(ONE,) * ranges),
+            {"gradient_scale": scale},
+            f"gradient_scale must be positive and finite, got {got}",
+        )
+        for scale, got in ((0.0, "0"), (-0.5, "-0.5"), (float("inf"), "inf"))
+        for name, ranges in (
+            ("fake_quantize_scale_offset", 2),
+            (MIN_MAX, 2),
+            (BETA_GAMMA, 4),
+            ("fake_quantize_kscale_koffset", 2),
+            ("fake_quantize_symmetric_scale", 1),
+            ("fake_quantize_symmetric_max", 1),
+            (GAMMA, 2),
+            (TOKEN, 2),
+            (TOKEN_GAMMA, 1),
+        )
+    ),
 ]
 
 

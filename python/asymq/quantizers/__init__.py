@@ -29,8 +29,8 @@ from asymq.quantizers.weight import NormWeightQuantizer, WeightQuantizer, elemen
 
 __all__ = [
     "EXACT",
-    "METHODS",
     "LINKS",
+    "METHODS",
     "OBSERVING",
     "OFF",
     "PARAMETERIZATIONS",

@@ -630,9 +630,9 @@ def convert_parameterization(model: nn.Module, to: str) -> None:
 
     to: "scale_offset", "min_max", "beta_gamma", "kscale_koffset" (whose symmetric counterpart is
     the scale), or with a link "beta_gamma_sigmoid", "beta_gamma_exp", "beta_gamma_softplus" or
-    "beta_gamma_clamp". The range parameters are new ones: make the optimizer after
-    this. ValueError, before anything is changed: unknown names, dynamic ranges, a fixed minimum
-    that the parameterization does not know, no quantizer.
+    "beta_gamma_clamp". The range parameters are new ones: make the optimizer after this.
+    ValueError, before anything is changed: unknown names, dynamic ranges, a fixed minimum that the
+    parameterization does not know, no quantizer.
     """
     quantizers = list(named_quantizers(model))
     if not quantizers:
