@@ -70,6 +70,16 @@ struct Dynamic {
   }
 };
 
+/// A group's factors. Before its elements are loaded, so that no link needs registers beside them.
+template <class S, class P>
+__device__ __forceinline__ Factors<P> factors_of(const Dynamic<S, P>& op, int64_t group) {
+  const int64_t i = op.plan.factors == 1               ? 0
+                    : op.plan.factors == op.plan.count ? group
+                                                       : group % op.plan.factors;
+  const P second = op.factors.second != nullptr ? op.factors.second[i] : P(0);
+  return apply_factors(op.factors.kind, op.factors.first[i], second);
+}
+
 /// The range of one group.
 template <class T, class P>
 struct LiveRange {
@@ -78,15 +88,11 @@ struct LiveRange {
   ScaleOffset<P> effective;
 
   template <class S>
-  __device__ __forceinline__ LiveRange(const Dynamic<S, P>& op, int64_t group,
+  __device__ __forceinline__ LiveRange(const Dynamic<S, P>& op, const Factors<P>& factors,
                                        const Extrema<T>& extrema)
-      : kind(op.factors.kind), ends(live_ends<P>(kind, op.factors.token, extrema)) {
-    const int64_t i = op.plan.factors == 1               ? 0
-                      : op.plan.factors == op.plan.count ? group
-                                                         : group % op.plan.factors;
-    const P second = op.factors.second != nullptr ? op.factors.second[i] : P(0);
-    effective = live_scale_offset(kind, apply_factors(kind, op.factors.first[i], second), ends);
-  }
+      : kind(op.factors.kind),
+        ends(live_ends<P>(kind, op.factors.token, extrema)),
+        effective(live_scale_offset(kind, factors, ends)) {}
 
   __device__ __forceinline__ Grid<T> grid() const { return make_grid<T>(kind, effective); }
 
@@ -200,11 +206,12 @@ __global__ void __launch_bounds__(kWarp* kDynamicWarps, kBackward ? 2 : 4)
   using Vectors = Held<kBackward, kVectorized, kVectors, S, P>;
   Vectors held{op, group * plan.size + sublane * Vectors::kCount, sublane, plan.lanes,
                exists ? static_cast<int>(plan.size) / Vectors::kCount : 0};
+  const auto factors = factors_of(op, exists ? group : 0);
   held.load();
   const auto extrema = over_lanes(held.extrema(), plan.lanes);
   RangeGradient total{};
   if (exists) {
-    const LiveRange<Compute<S>, P> range(op, group, extrema);
+    const LiveRange<Compute<S>, P> range(op, factors, extrema);
     const auto sums = held.quantize(range.grid());
     if constexpr (kBackward) {
       if (op.needs_sums()) total = range.gradient(sums);
@@ -248,8 +255,9 @@ __global__ void __launch_bounds__(kDynamicThreads, kBackward ? 1 : 2)
   using Vectors = Held<kBackward, kVectorized, kBlockVectors, S, P>;
   Vectors held{op, group * op.plan.size + first * Vectors::kCount, first, kWarp,
                static_cast<int>(op.plan.size) / Vectors::kCount};
+  const auto factors = factors_of(op, group);
   held.load();
-  const LiveRange<Compute<S>, P> range(op, group, over_block(held.extrema()));
+  const LiveRange<Compute<S>, P> range(op, factors, over_block(held.extrema()));
   const auto sums = held.quantize(range.grid());
   if constexpr (kBackward) {
     if (op.needs_sums()) store_block_total(op, group, range.gradient(sums));
@@ -299,6 +307,7 @@ __global__ void __launch_bounds__(kDynamicThreads, kBackward ? 1 : 2)
   if (kBackward) allow_overlap();
   using T = Compute<S>;
   const int64_t group = blockIdx.x % op.plan.count, piece = blockIdx.x / op.plan.count;
+  const auto factors = factors_of(op, group);
   Extrema<T> extrema;
   if (op.plan.pieces == 1) {
     extrema = piece_extrema<kVectorized>(op, group, piece);
@@ -310,7 +319,7 @@ __global__ void __launch_bounds__(kDynamicThreads, kBackward ? 1 : 2)
     }
     extrema = over_lanes(extrema, kWarp);
   }
-  const LiveRange<T, P> range(op, group, extrema);
+  const LiveRange<T, P> range(op, factors, extrema);
   const Grid<T> grid = range.grid();
   Sums<double> sums{};
   for_each_window<kBackward, kVectorized>(op, group, piece, [&](auto held) {

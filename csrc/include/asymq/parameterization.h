@@ -147,20 +147,22 @@ ASYMQ_HOST_DEVICE double sigmoid_derivative(double value) {
   return sigmoid(value) * sigmoid(-value);
 }
 
-/// f(v) of a link; NaN stays NaN.
+/// f(v) of a link; NaN stays NaN. One exponential for all, so that kernels hold the code of one.
 ASYMQ_HOST_DEVICE double linked(Link link, double value) {
   using std::exp;
   using std::fabs;
   using std::log1p;
+  if (link == Link::clamp) return value < 0.25 ? 0.25 : value > 4.0 ? 4.0 : value;
+  const double e = exp(link == Link::exp        ? value
+                       : link == Link::softplus ? -fabs(value)  // e^|v| would overflow
+                                                : -value);
   switch (link) {
     case Link::sigmoid:
-      return sigmoid(value);
+      return 1.0 / (1.0 + e);
     case Link::exp:
-      return exp(value);
-    case Link::softplus:  // e^|v| would overflow
-      return (value > 0.0 ? value : 0.0) + log1p(exp(-fabs(value)));
-    case Link::clamp:
-      return value < 0.25 ? 0.25 : value > 4.0 ? 4.0 : value;
+      return e;
+    case Link::softplus:
+      return (value > 0.0 ? value : 0.0) + log1p(e);
     default:
       return value;
   }
