@@ -185,7 +185,8 @@ TEST_P(LinkGoldenTest, EveryCase) {
   ASSERT_TRUE(stream);
   const double unit = dtype == at::kFloat ? 1e-5 : 1e-12;
   int count = 0;
-  for (const json& vector : json::parse(stream)["cases"]) {
+  const json cases = json::parse(stream)["cases"];
+  for (const json& vector : cases) {
     if (vector["kind"] != "link") continue;
     ++count;
     const std::string link = vector["link"];
