@@ -20,8 +20,8 @@ range parameter's gradient is a linear map of three sums over the elements that 
 
 A parameterization is therefore two functions, parameters -> (s, z) and sums -> gradients: one class
 below and one entry of PARAMETERIZATIONS. Where it has factors, they are what a link makes of the
-learned values. The paper's Table 1 mixes three conventions; the rows here are the derivatives of its
-eq. 1.
+learned values. The paper's Table 1 mixes three conventions; the rows here are the derivatives of
+its eq. 1.
 
 Granularity is the shape of the range tensors: one element, or as many dimensions as x, each of size
 1, x's size there, or a divisor of it (blocks). Elements compute in float32, float64 for float64 x.
