@@ -21,8 +21,7 @@ root_doc = "python/docs/index"
 include_patterns = ["python/**.md", "python/docs/**.rst", "csrc/*.md", "cuda/*.md", "scripts/**.md"]
 include_patterns += ["tests/*.md", "CHANGELOG.md", ".github/CONTRIBUTING.md"]
 exclude_patterns = [".git", ".venv", "build"]
-# Records of results are linked, not listed, and some have no title.
-suppress_warnings = ["toc.not_included", "myst.header"]
+suppress_warnings = ["myst.header"]  # records of results may have no title
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -31,6 +30,7 @@ python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = "asymq"
+html_extra_path = ["root"]  # an index.html that leads to root_doc's
 
 
 class Markdown(SphinxDirective):
@@ -48,6 +48,14 @@ def as_markdown(app, what, name, obj, options, lines):
     lines[:] = [".. markdown::", "", *(f"   {line}" for line in lines), ""]
 
 
+def mark_linked(app, env):
+    """What lies elsewhere is linked, not listed."""
+    for name in env.found_docs:
+        if not name.startswith("python/docs/"):
+            env.metadata[name]["orphan"] = ""
+
+
 def setup(app):
     app.add_directive("markdown", Markdown)
     app.connect("autodoc-process-docstring", as_markdown)
+    app.connect("env-updated", mark_linked)

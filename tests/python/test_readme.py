@@ -1,4 +1,5 @@
-"""Every fenced block of every README runs, and every relative link leads to a file.
+"""Every fenced block of every README and of the pages in python/docs runs, and every relative link
+leads to a file.
 
 A block is a program of its own, in a process and a folder of its own. A comment right before its
 fence says otherwise:
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = (".github", "csrc", "cuda", "python", "scripts", "tests")
 REASONS = {
     "installs packages",
+    "needs a file of runs",
     "needs several GPUs",
     "needs the hub",
     "not a program",
@@ -52,7 +54,8 @@ class Block:
 
 def documents():
     files = [*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))]
-    return sorted(p for p in files if p.stem in ("README", "CONTRIBUTING"))
+    pages = (ROOT / "python" / "docs").glob("*.md")
+    return sorted({p for p in files if p.stem in ("README", "CONTRIBUTING")} | set(pages))
 
 
 def blocks_of(path):
@@ -124,7 +127,7 @@ def anchors(path):
 
 def test_documents_are_found():
     names = {block.document for block in BLOCKS}
-    assert {"README.md", ".github/CONTRIBUTING.md", "python/asymq/README.md"} <= names
+    assert {"README.md", ".github/CONTRIBUTING.md", "python/docs/index.md"} <= names
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda p: p.relative_to(ROOT).as_posix())
