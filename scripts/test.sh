@@ -12,7 +12,7 @@ install_headers() {
 lint() {
   ruff check .
   ruff format --check .
-  find csrc cuda tests/{cpp,consumer,subproject} -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
+  find csrc cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
     xargs clang-format --dry-run -Werror
 }
 

@@ -19,6 +19,7 @@ parser.add_argument("--out", required=True, help="folder to write")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--batch", type=int, default=4, help="windows of each process")
 parser.add_argument("--length", type=int, default=1024)
+parser.add_argument("--lr", type=float, default=1e-5, help="of the weights")
 args = parser.parse_args()
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -38,7 +39,7 @@ for layer in model.model.layers:
 asymq.shard(model, mesh=mesh)
 
 weights = {"params": asymq.weight_parameters(model), "weight_decay": 0.1}
-optimizer = torch.optim.AdamW([weights, *asymq.range_parameters(model, lr=1e-3)], lr=1e-5)
+optimizer = torch.optim.AdamW([weights, *asymq.range_parameters(model, lr=1e-3)], lr=args.lr)
 loader = torch.utils.data.DataLoader(windows, batch_size=args.batch, shuffle=True, drop_last=True)
 optimizer, loader = accelerator.prepare(optimizer, loader)
 step = 0

@@ -96,7 +96,7 @@ def test_trainer(llama, tmp_path, monkeypatch, capsys):
 def test_fsdp2(llama, tmp_path):
     pytest.importorskip("accelerate")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    arguments = [*llama, "--steps", 21, "--out", tmp_path / "out"]
+    arguments = [*llama, "--steps", 21, "--lr", 1e-2, "--out", tmp_path / "out"]
     result = subprocess.run(
         [*torchrun, EXAMPLES / "fsdp2.py", *map(str, arguments)], capture_output=True, text=True
     )
