@@ -276,22 +276,24 @@ np.save(made, session.run(None, {"input_ids": np.load(given)})[0])
 @pytest.mark.skipif(not AIMET, reason="ASYMQ_AIMET_PYTHON names no Python with aimet-onnx")
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 @pytest.mark.parametrize(
-    ("how", "version", "bits", "widen", "most"),
+    ("how", "version", "bits", "widen"),
     [
-        ("qdq", "2.0.0", 8, False, 1),
-        ("sim", "2.0.0", 8, False, 1),
-        ("sim", "1.0.0", 12, False, 6),
-        ("sim", "0.6.1", 12, False, 6),
-        ("qdq", "2.0.0", 12, True, 8),
+        ("qdq", "2.0.0", 8, False),
+        ("sim", "2.0.0", 8, False),
+        ("sim", "1.0.0", 12, False),
+        ("sim", "0.6.1", 12, False),
+        ("qdq", "2.0.0", 12, True),
     ],
 )
-def test_aimet_computes_the_same(family, how, version, bits, widen, most, tmp_path):
+def test_aimet_computes_the_same(family, how, version, bits, widen, tmp_path):
+    """Short rows: an early value that another order of adding moves to the next code changes all
+    that attends to it."""
     make = (FAMILIES | {"llama": DECODERS["llama"]})[family]
     config = QuantConfig.table2("min_max", activation_bits=bits)
     model = prepared(make(), config)
     path = tmp_path / "model.onnx"
     asymq.export_encodings(model, tokens(2, 6), path, version=version, widen=widen)
-    ids = tokens(3, 12, seed=9)
+    ids = tokens(64, 3, seed=9)
     given, made = tmp_path / "given.npy", tmp_path / "made.npy"
     np.save(given, ids.numpy())
     command = [AIMET, "-c", LOAD, how, path, path.with_suffix(".encodings"), given, made]
@@ -299,6 +301,9 @@ def test_aimet_computes_the_same(family, how, version, bits, widen, most, tmp_pa
     assert result.returncode == 0, result.stderr
     y, expected = torch.from_numpy(np.load(made)), logits(model, ids)
     step = model.lm_head.output_quantizer.scale_offset()[0]
-    assert ((y - expected).abs() / step).max() <= most + 0.5
-    if not widen:
-        assert (y != expected).float().mean() <= (0.01 if bits == 8 else 0.1)
+    difference = (y - expected).abs() / step
+    assert difference.max() <= (1.5 if bits == 8 else 16)
+    if widen:  # onto finer grids: nothing is equal, and all is near
+        assert difference.median() <= 1.5
+    else:
+        assert (y == expected).flatten(1).all(1).float().mean() >= 0.5
