@@ -554,7 +554,7 @@ def test_the_files_of_another_model_stay(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
-    with pytest.raises(ImportError, match=r"pip install asymq\[checkpoint\]"):
+    with pytest.raises(ImportError, match=r"pip install 'asymq\[checkpoint\]'"):
         asymq.export_checkpoint(learned("llama", weights(4)), tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import asymq
 from asymq import PerGroup, QuantAct, QuantConfig, QuantSpec
+from asymq.__main__ import main
 from asymq.export.grids import Grid
 
 onnx = pytest.importorskip("onnx")
@@ -32,12 +34,19 @@ def read(path):
     return json.loads(path.with_suffix(".encodings").read_text()), constants, others
 
 
-def test_a_language_model(tmp_path):
+def test_a_language_model(tmp_path, monkeypatch, capsys):
     model = prepared(FAMILIES["gpt2"](n_layer=1), W4A8)
     path = tmp_path / "model.onnx"
     report = asymq.export_encodings(model, tokens(2, 6), path)
     assert report.files == (path, tmp_path / "model.encodings")
     content, constants, others = read(path)
+    # The command does the same.
+    asymq.save(model, tmp_path / "saved")
+    given = [str(tmp_path / "saved"), str(tmp_path / "other.onnx"), "--format", "encodings"]
+    monkeypatch.setattr(sys, "argv", ["asymq", "export", *given, "--length", "6"])
+    main()
+    assert capsys.readouterr().out.splitlines()[:-2] == str(report).splitlines()[:-2]
+    assert read(tmp_path / "other.onnx")[0] == content
     assert content["version"] == "2.0.0"
     assert content["producer"] == {"package": "asymq", "version": asymq.__version__}
     entries = {entry["name"]: entry for entry in content["encodings"]}

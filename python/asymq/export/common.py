@@ -12,7 +12,7 @@ from asymq.wrappers import is_sharded, unwrap
 def need_extra(what: str, extra: str, error: ImportError) -> ImportError:
     """What to raise where a package of an extra is missing."""
     return ImportError(
-        f"{what} needs {error.name or error}: install the extra, pip install asymq[{extra}]"
+        f"{what} needs {error.name or error}: install the extra, pip install 'asymq[{extra}]'"
     )
 
 

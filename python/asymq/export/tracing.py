@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asymq.conversion import weights_of_quantizers
+from asymq.export.common import need_extra
 from asymq.quantizers import Quantizer, use_functions
 from asymq.wrappers import evaluating, pretrained_models
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OLDEST_OPSET = 21
-EXTRA = "onnx"
 _DOMAIN = "asymq"
 # Axis 1 of these is the tokens.
 _OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
@@ -75,9 +75,7 @@ def need_onnx(what: str) -> None:
         import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"{what} needs {error.name}: install the extra, pip install 'asymq[{EXTRA}]'"
-        ) from error
+        raise need_extra(what, "onnx", error) from None
 
 
 def trace(
