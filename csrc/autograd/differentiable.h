@@ -25,8 +25,9 @@ inline void check_transforms(const Where& where) {
     transforms->checkSupportsCppAutogradFunction();
   } catch (const c10::Error&) {
     TORCH_CHECK(false, where,
-                ": torch.func cannot differentiate this operator: call "
-                "asymq.use_functions(\"reference\") first, or take torch.autograd.grad");
+                ": torch.func cannot differentiate this operator: give a model plain PyTorch by "
+                "asymq.use_functions(\"reference\"), call asymq.reference.fake_quantize_*, or take "
+                "torch.autograd.grad");
   }
 }
 
