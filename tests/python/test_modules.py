@@ -654,3 +654,15 @@ def test_lsq_is_the_same_in_kernels_that_do_more(device):
         several = gradients()
     for a, e in zip(one, several, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("parameterization", ["scale_offset", "min_max", "beta_gamma"])
+def test_numbers_are_a_range_of_all(parameterization):
+    spec = QuantSpec(bits=4, parameterization=parameterization, granularity=PerChannel())
+    of_numbers, of_tensors = QuantLinear(3, 2, weight=spec), QuantLinear(3, 2, weight=spec)
+    of_numbers.weight_quantizer.set_range(-1, 2.0)
+    ends = (torch.full((2, 1), end) for end in (-1.0, 2.0))
+    of_tensors.weight_quantizer.set_range(*ends)
+    expected = of_tensors.weight_quantizer.state_dict()
+    for name, value in of_numbers.weight_quantizer.state_dict().items():
+        assert torch.equal(value, expected[name]), name

@@ -127,13 +127,19 @@ class Quantizer(nn.Module):
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @torch.no_grad()
-    def set_range(self, low: Tensor, high: Tensor) -> None:
+    def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
         """Makes [low, high] the range and its parameters' first values.
 
-        low, high: of the ranges' shape. Where the range is symmetric, high alone counts.
-        RuntimeError: the ranges are split among processes.
+        low, high: of the ranges' shape, or numbers for all. Where the range is symmetric, high
+        alone counts. RuntimeError: the ranges are split among processes.
         """
         self.need_whole()
+        low, high = (
+            torch.as_tensor(end, dtype=self.range_dtype, device=self.device)
+            if isinstance(end, (int, float))
+            else end
+            for end in (low, high)
+        )
         spec = self.spec
         first = torch.ops.asymq.parameters_of_range(
             spec.parameterization,
