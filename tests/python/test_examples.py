@@ -81,6 +81,20 @@ def test_loops(name, word, llama, tmp_path, monkeypatch, capsys):
     assert all(q.calibrated for _, q in asymq.named_quantizers(asymq.load(out)))
 
 
+def test_range_log(llama, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [*llama, "--steps", 31, "--out", tmp_path]
+    output = run("range_log.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert_falls(output, "loss")
+    log = EventAccumulator(str(tmp_path)).Reload()
+    assert len(log.Scalars("loss")) == 31
+    high = log.Scalars("range/model.layers.0.mlp.gate_proj.output_quantizer/high")
+    assert [entry.step for entry in high] == [0, 10, 20, 30]
+    assert high[0].value != high[-1].value
+
+
 def test_trainer(llama, tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 
