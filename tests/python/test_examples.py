@@ -81,6 +81,23 @@ def test_loops(name, word, llama, tmp_path, monkeypatch, capsys):
     assert all(q.calibrated for _, q in asymq.named_quantizers(asymq.load(out)))
 
 
+def test_notebook(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    for needed in ("ipykernel", "matplotlib", "sklearn"):
+        pytest.importorskip(needed)
+    import nbformat
+
+    notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", nbformat.NO_CONVERT)
+    resources = {"metadata": {"path": tmp_path}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output.get("text", "") for output in outputs)
+    found = dict(re.findall(r"(\w+): ([\d.]+)%", text))
+    assert float(found["learned"]) > float(found["calibrated"])
+    assert found["loaded"] == found["learned"]
+    assert any("image/png" in output.get("data", ()) for output in outputs)
+
+
 def test_range_log(llama, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
