@@ -96,28 +96,41 @@ def calibrate(
         for root in _roots(model):
             root.expect_reached = False  # calibration itself says what its batches did not reach
         without_width = _calibrate_weights(model, observer, force_zero)
-        observing = [
-            (n, q, observer(q)) for n, q in quantizers if isinstance(q, QuantAct) and not q.live
-        ]
         for _, quantizer in quantizers:
             quantizer.reached = False
             quantizer.state = QUANTIZING if quantizer.kind == "weight" else OFF
-        positions = _Positions(model, skip_tokens)
-        for _, quantizer, seen in observing:
-            quantizer.start_observing(functools.partial(_see, seen, quantizer, positions))
-        _run(model, batches, positions)
-        unseen = []
-        for name, quantizer, seen in observing:
-            quantizer.take_observed()
-            if seen.extrema() is None:
-                unseen.append(name)
-            elif not _set_range(quantizer, [seen]):
-                without_width.append(quantizer.label)
+        unseen, more = _calibrate_activations(model, observer, batches, skip_tokens)
         for _, quantizer in quantizers:
             quantizer.state = QUANTIZING
             if quantizer.live:
                 quantizer.set_factors()
-    _warn(model, unseen, without_width)
+    _warn(model, unseen, without_width + more)
+
+
+def _calibrate_activations(
+    model: nn.Module,
+    observer: Callable[[Quantizer], Observer],
+    batches: Iterable[Any],
+    skip_tokens: int,
+) -> tuple[list[str], list[str]]:
+    """Names of those that no batch reached, and labels of those whose data have no width."""
+    observing = [
+        (n, q, observer(q))
+        for n, q in named_quantizers(model)
+        if isinstance(q, QuantAct) and not q.live
+    ]
+    positions = _Positions(model, skip_tokens)
+    for _, quantizer, seen in observing:
+        quantizer.start_observing(functools.partial(_see, seen, quantizer, positions))
+    _run(model, batches, positions)
+    unseen, without_width = [], []
+    for name, quantizer, seen in observing:
+        quantizer.take_observed()
+        if seen.extrema() is None:
+            unseen.append(name)
+        elif not _set_range(quantizer, [seen]):
+            without_width.append(quantizer.label)
+    return unseen, without_width
 
 
 def _check_options(method: str, weight_method: str, percentile: float, skip_tokens: int) -> None:

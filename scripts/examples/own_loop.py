@@ -14,6 +14,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", required=True, help="folder, or name on the hub")
 parser.add_argument("--text", required=True, help="text file")
 parser.add_argument("--out", required=True, help="folder to write")
+parser.add_argument("--log", help="folder of a log for TensorBoard")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--batch", type=int, default=8)
 parser.add_argument("--length", type=int, default=1024)
@@ -42,13 +43,23 @@ optimizer = torch.optim.AdamW(
     ],
     lr=1e-5,
 )
+writer = log = None
+if args.log:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(args.log)
+    log = asymq.RangeLogger(model, writer, every=10)
 for step in range(args.steps):
     ids = batch(step)
     optimizer.zero_grad()
     with torch.autocast(device, torch.bfloat16):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
+    if log:
+        log.step(step)  # ranges, the share that collapsed, norms of their gradients
     optimizer.step()
     if step % 10 == 0 or step == args.steps - 1:
         print(f"step {step:4}  loss {loss.item():.4f}")
+if writer:
+    writer.close()
 asymq.save(model, args.out)

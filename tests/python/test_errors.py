@@ -25,23 +25,24 @@ GAMMA = "fake_quantize_symmetric_gamma"
 TOKEN = "fake_quantize_dynamic_beta_gamma"
 TOKEN_GAMMA = "fake_quantize_dynamic_symmetric_gamma"
 
+# Every fake-quantize, and its range tensors.
+LEARNED = (
+    ("fake_quantize_scale_offset", 2),
+    (MIN_MAX, 2),
+    (BETA_GAMMA, 4),
+    ("fake_quantize_kscale_koffset", 2),
+    ("fake_quantize_symmetric_scale", 1),
+    ("fake_quantize_symmetric_max", 1),
+    (GAMMA, 2),
+    (TOKEN, 2),
+    (TOKEN_GAMMA, 1),
+)
 # (operator, tensors, changed keywords, message after "asymq::<operator>: ")
 ERRORS = [
     *(
         (name, (X, *(ONE,) * ranges), {"bits": bits}, f"bits must be between 2 and 16, got {bits}")
         for bits in (1, 17, -8)
-        for name, ranges in (
-            ("fake_quantize_scale_offset", 2),
-            (MIN_MAX, 2),
-            (BETA_GAMMA, 4),
-            ("fake_quantize_kscale_koffset", 2),
-            ("fake_quantize_symmetric_scale", 1),
-            ("fake_quantize_symmetric_max", 1),
-            (GAMMA, 2),
-            (TOKEN, 2),
-            (TOKEN_GAMMA, 1),
-            ("quantize", 2),
-        )
+        for name, ranges in (*LEARNED, ("quantize", 2))
     ),
     ("dequantize", (CODES, ONE, ONE), {"bits": 0}, "bits must be between 2 and 16, got 0"),
     (MIN_MAX, (X, ONE, ONE), {"eps": -1.0}, "eps must be positive and finite, got -1"),
@@ -175,17 +176,7 @@ ERRORS = [
             f"gradient_scale must be positive and finite, got {got}",
         )
         for scale, got in ((0.0, "0"), (-0.5, "-0.5"), (float("inf"), "inf"))
-        for name, ranges in (
-            ("fake_quantize_scale_offset", 2),
-            (MIN_MAX, 2),
-            (BETA_GAMMA, 4),
-            ("fake_quantize_kscale_koffset", 2),
-            ("fake_quantize_symmetric_scale", 1),
-            ("fake_quantize_symmetric_max", 1),
-            (GAMMA, 2),
-            (TOKEN, 2),
-            (TOKEN_GAMMA, 1),
-        )
+        for name, ranges in LEARNED
     ),
 ]
 
