@@ -11,7 +11,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 # The module of the other library that ours adds to.
-_ADDS_TO = {"transformers.quantizers.auto": "asymq.integrations.transformers"}
+_ADDS_TO = {
+    "aimet_torch.quantization.affine.backends": "asymq.integrations.aimet",
+    "modelopt.torch.quantization.nn.modules.tensor_quantizer": "asymq.integrations.modelopt",
+    "transformers.quantizers.auto": "asymq.integrations.transformers",
+}
 
 
 class _Integrations(MetaPathFinder):
