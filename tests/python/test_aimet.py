@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_by_aimet(shape, block_size):
     """Not taken for groups: without a block size a range expands or is wrong."""
     x, scale = torch.randn(2, 8, 12), torch.ones(shape)
     for function in (quantize, quantize_dequantize):
-        with set_backend("asymq"), pytest.raises(RuntimeError, match="[Ss]cale"):
+        with set_backend("asymq"), pytest.raises(RuntimeError, match=r"[Ss]cale"):
             function(x, scale, torch.zeros(shape), 0, 255, block_size)
 
 

@@ -93,7 +93,7 @@ def test_formats(format, pass_through, dtype):
 
 def test_amax_of_zero_gives_zero():
     made = quantizer("asymq", torch.zeros(4), num_bits=8)
-    assert torch.equal(made(torch.tensor([-1.0, 0.0, 1.0])).abs() < 1e-30, torch.ones(3) > 0)
+    assert made(torch.tensor([-1.0, 0.0, 1.0])).abs().max() < 1e-30
 
 
 @pytest.mark.parametrize(

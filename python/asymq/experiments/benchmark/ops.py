@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -167,6 +168,25 @@ def torch_core(case):
     return per_tensor if case.granularity == "tensor" else per_channel
 
 
+def aimet(backend):
+    """One of aimet-torch's backends, as its quantizers call it; "asymq" is the one of this
+    package."""
+
+    def of(case):
+        if case.live:
+            raise RuntimeError("has no live ranges")
+        try:
+            from aimet_torch.quantization import get_backend, set_backend
+        except ImportError as error:
+            raise RuntimeError(f"not installed: {error}") from error
+        with set_backend(backend):
+            function = get_backend().quantize_dequantize
+        blocks = (1, GROUP) if case.granularity == "groups" else None
+        return lambda x, scale, offset: function(x, scale, offset, 0, 2**BITS - 1, blocks)
+
+    return of
+
+
 def on_ranges(static, live):
     """On the ends of static ranges, or on the factors of live ones."""
 
@@ -216,6 +236,9 @@ METHODS = {
     "reference": by_reference,
     "compiled": compiled,
     "torch_core": torch_core,
+    "aimet_asymq": aimet("asymq"),
+    "aimet_triton": aimet("triton"),
+    "aimet_torch": aimet("torch_builtins"),
 }
 # Reads its scale and zero point on the host, which no graph can hold.
 NOT_CAPTURABLE = {"torch_core"}
@@ -226,9 +249,11 @@ def learned_tensors(method, case):
         return [torch.ones(1, device=case.device, requires_grad=True) for _ in range(2)]
     low = torch.full(case.range_shape, -3.0, device=case.device)
     high = torch.full(case.range_shape, 4.0, device=case.device)
+    scale = (high - low) / (2**BITS - 1)
     if method == "torch_core":
-        scale = ((high - low) / (2**BITS - 1)).flatten()
-        low, high = scale, (-low.flatten() / scale).round()
+        low, high = scale.flatten(), (-low / scale).round().flatten()
+    if method.startswith("aimet"):
+        low, high = scale, (low / scale).round()
     return [low.requires_grad_(), high.requires_grad_()]
 
 
@@ -450,7 +475,7 @@ def run(args):
     torch.set_num_threads(args.threads)
     against = recorded.read(args, OpTime, [])
     span = 0.03 if args.quick else 0.06
-    head = header(args.device, f"{BITS} bits, min_max, of tokens beta_gamma")
+    head = header(args.device, f"{BITS} bits, min_max, of tokens beta_gamma{_aimet_version()}")
     rows: list[OpTime] = []
     skipped: dict[tuple[str, str], list[str]] = {}
     print("\n".join(head))
@@ -469,6 +494,13 @@ def run(args):
     ]
     path = args.out / f"ops_{args.device}"
     recorded.save(path, head, rows, markdown(rows, reasons, head), against)
+
+
+def _aimet_version():
+    try:
+        return f", aimet-torch {version('aimet-torch')}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _use_memory():
