@@ -14,7 +14,12 @@ with warnings.catch_warnings():
     from aimet_torch import QuantizationSimModel
     from aimet_torch.experimental import pgs
     from aimet_torch.quantization import get_backend, set_backend
-    from aimet_torch.quantization.affine import dequantize, quantize, quantize_dequantize
+    from aimet_torch.quantization.affine import (
+        GroupedBlockQuantizeDequantize,
+        dequantize,
+        quantize,
+        quantize_dequantize,
+    )
 
 import asymq
 
@@ -158,6 +163,26 @@ def test_codes_that_a_type_does_not_hold_are_refused():
     x = torch.randn(8).bfloat16()
     with set_backend("asymq"), pytest.raises(RuntimeError, match="unable to represent"):
         quantize(x, torch.tensor(1e-3), torch.tensor(0.0), -2048, 2047)
+
+
+def test_grouped_blocks():
+    """LPBQ's scales have a grid of their own, of 1 to 16, on which the gradients pass."""
+    x, g = torch.randn(8, 64), torch.randn(8, 64)
+    grouping = {"block_size": (1, 16), "block_grouping": (1, 4)}
+    made = GroupedBlockQuantizeDequantize((8, 4), 4, True, decompressed_bw=8, **grouping)
+    with made.compute_encodings():
+        made(x)
+    outputs, gradients = [], []
+    for backend in ("asymq", "torch_builtins"):
+        with set_backend(backend), OperatorCalls() as seen:
+            y = made(x)
+            made.zero_grad()
+            y.backward(g)
+        assert bool(seen.calls) == (backend == "asymq")
+        outputs.append(y)
+        gradients.append([p.grad for p in made.parameters()])
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 class Network(nn.Module):

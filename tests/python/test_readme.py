@@ -5,6 +5,7 @@ A block is a program of its own, in a process and a folder of its own. A comment
 fence says otherwise:
 
     <!-- not run: REASON -->     with one of REASONS
+    <!-- needs PACKAGE -->       skipped without it; one of PACKAGES, which test.sh lacks
     <!-- continues -->           appended to the block of the same language before it
 
 The C++ blocks are built as one CMake project, by the cmake block and the bash block that calls
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,8 @@ REASONS = {
     "runs the tests",
     "takes minutes",
 }
+# Run with `PYTHONPATH=python PYTHON -m pytest` by an interpreter that has them.
+PACKAGES = {"aimet_torch", "modelopt"}
 FENCE = re.compile(r"(?:^<!-- (.+) -->\n)?^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 
 pytestmark = pytest.mark.slow
@@ -50,6 +54,10 @@ class Block:
     @property
     def runs(self):
         return not (self.mark or "").startswith("not run")
+
+    @property
+    def needs(self):
+        return (self.mark or "").partition("needs ")[2]
 
 
 def documents():
@@ -142,13 +150,19 @@ def test_fences_are_parsed(path):
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_marks_have_a_reason(block):
     allowed = {"continues", *(f"not run: {reason}" for reason in REASONS)}
+    allowed |= {f"needs {package}" for package in PACKAGES}
     assert block.mark is None or block.mark in allowed
 
 
 @pytest.mark.parametrize("program", programs("python"), ids=lambda p: str(p[0]))
 def test_python(program, tmp_path):
+    package = program[0].needs
+    if package and not find_spec(package):
+        pytest.skip(f"{package} is not installed")
     (tmp_path / "example.py").write_text(source(program))
-    run(sys.executable, "example.py", cwd=tmp_path)
+    # What such a package warns of is not what the document says.
+    options = ["-W", "ignore"] if package else []
+    run(sys.executable, *options, "example.py", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("program", shell_programs(), ids=lambda p: str(p[0]))
