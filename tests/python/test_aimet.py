@@ -121,6 +121,23 @@ def test_codes(granularity, grid):
     assert_same(quantize, tensors, *ends, block_size, own=True)
 
 
+def test_codes_of_a_half_type():
+    """Exact where its own codes are, though those of the unsigned grid are not."""
+    tensors = torch.randn(64).bfloat16() * 300, torch.tensor(1.0), torch.tensor(0.0)
+    assert_same(quantize, tensors, -256, 255, own=True)
+
+
+def test_compiled():
+    (x, scale, offset), ends, block_size = arguments("groups", "unsigned")
+
+    def function(x):
+        return quantize_dequantize(x, scale, offset, *ends, block_size)
+
+    with set_backend("asymq"):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), function(x))
+
+
 @pytest.mark.parametrize(
     ("change", "exact"),
     [

@@ -2,7 +2,9 @@
 
 import csv
 import runpy
+import sys
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,31 @@ def refused(command, out, capsys, *more):
     error = capsys.readouterr().err
     assert error.startswith("benchmark.py") and error.count("\n") == 1
     return error
+
+
+AIMET = (*OPS[:-1], "copy,aimet_asymq,aimet_triton,aimet_torch")
+
+
+def test_aimet_says_that_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aimet_torch.quantization", None)
+    run(AIMET, tmp_path)
+    assert {row["method"] for row in rows(tmp_path / "ops_cpu.csv")} == {"copy"}
+    text = (tmp_path / "ops_cpu.md").read_text()
+    for method in AIMET[-1].split(",")[1:]:
+        assert f"- {method}: not installed: " in text
+
+
+@pytest.mark.skipif(not find_spec("aimet_torch"), reason="aimet-torch is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("granularity", ["tensor", "axis0", "last_axis", "groups"])
+def test_aimets_backends_are_rows(granularity, tmp_path, monkeypatch):
+    """Triton's where there is a GPU."""
+    case = ops.Case(granularity, (4, 256), torch.bfloat16, "cpu")
+    monkeypatch.setattr(ops, "cases", lambda *_: [case])
+    run(AIMET, tmp_path)
+    measured = {(row["method"], row["measure"]) for row in rows(tmp_path / "ops_cpu.csv")}
+    assert {("aimet_asymq", "both"), ("aimet_torch", "both")} <= measured
+    assert "aimet-torch 2." in (tmp_path / "ops_cpu.md").read_text()
 
 
 def test_results_of_record_are_not_written_over(monkeypatch):

@@ -172,6 +172,13 @@ def test_amax_learns():
     assert torch.equal(again(x), made(x))
 
 
+def test_lsq_is_modelopts():
+    made = quantized(network(), torch.randn(4, 16), "asymq")
+    made[0].weight_quantizer.enable_lsq(quantize_scales=False)
+    assert len(learn_amax(made)) == 3
+    assert "_amax" not in dict(made[0].weight_quantizer.named_parameters())
+
+
 def test_what_cannot_learn_is_refused():
     with pytest.raises(ValueError, match="no quantizer with the backend"):
         learn_amax(quantized(network(), torch.randn(4, 16), None))

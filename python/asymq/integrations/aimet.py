@@ -71,7 +71,7 @@ def quantize(
     ):
         return torch_builtins.quantize(tensor, scale, offset, qmin, qmax, block_size)
     codes = ops.quantize(tensor, grid.scale, grid.offset, bits=grid.bits, eps=_EPS)
-    return torch.add(codes, float(qmin)).to(tensor.dtype)
+    return codes.float().add_(qmin).to(tensor.dtype)  # float32 holds 16 bits
 
 
 class _Grid(NamedTuple):

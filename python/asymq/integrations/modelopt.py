@@ -23,7 +23,8 @@ _EPS = torch.finfo(torch.float32).tiny
 
 def learn_amax(model: nn.Module) -> list[nn.Parameter]:
     """Makes amax of every calibrated integer quantizer with this backend a parameter, for an
-    optimizer, and returns them; dynamic quantizers have none.
+    optimizer, and returns them. Dynamic quantizers have none, and those in ModelOpt's LSQ mode,
+    which asks no backend, learn their own.
 
     Its gradient is the straight-through one of this package's symmetric ranges, and x has none
     where it saturates, whatever ``pass_through_bwd`` says. It keeps its name in the state dict
@@ -33,7 +34,11 @@ def learn_amax(model: nn.Module) -> list[nn.Parameter]:
     for name, quantizer in model.named_modules():
         if not isinstance(quantizer, TensorQuantizer) or quantizer.backend != "asymq":
             continue
-        if quantizer.is_enabled and not quantizer._dynamic:
+        if (
+            quantizer.is_enabled
+            and not quantizer._dynamic
+            and not getattr(quantizer, "_lsq", False)
+        ):
             _refuse(quantizer, f"asymq: learn_amax: {name}")
             if quantizer.amax is None:
                 raise ValueError(
