@@ -41,7 +41,8 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax(const at::Tensor& scores,
                                     scores.options().dtype(compute_dtype(scores.scalar_type())));
   if (statistics.numel() == 0) return {out, statistics};
   const at::Tensor dense = scores.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal, window);
+  const MaskTensor mask_tensor(mask, scores.sizes(), compute_dtype(scores.scalar_type()), causal,
+                               window);
   const DeviceQuantizer before(pair.before), after(pair.after);
   const SoftmaxPlan plan = softmax_plan_for(scores, false, {dense, out});
   dispatch_types(scores, pair.before.ranges.first, [&](auto element, auto range) {
@@ -67,7 +68,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantized
   const DeviceQuantizer before(pair.before, needs[1], needs[2]);
   const DeviceQuantizer after(pair.after, needs[3], needs[4]);
   const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal, window);
+  const MaskTensor mask_tensor(mask, scores.sizes(), compute_dtype(scores.scalar_type()), causal,
+                               window);
   const bool sums = needs[1] || needs[2] || needs[3] || needs[4];
   const SoftmaxPlan plan = softmax_plan_for(scores, sums, {dense, upstream, dscores});
   const at::Tensor workspace = workspace_if(sums, 6 * plan.blocks, scores);

@@ -153,7 +153,8 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax_cpu(
   const QuantizerPair pair =
       check_quantized_softmax(scores, mask, causal, window, of_scores, of_probabilities);
   const at::Tensor dense = scores.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal, window);
+  const MaskTensor mask_tensor(mask, scores.sizes(), compute_dtype(scores.scalar_type()), causal,
+                               window);
   at::Tensor out = at::empty(scores.sizes(), scores.options());
   at::Tensor statistics = at::empty({scores.size(0), scores.size(1), scores.size(2), 2},
                                     scores.options().dtype(compute_dtype(scores.scalar_type())));
@@ -175,7 +176,8 @@ quantized_softmax_backward_cpu(const at::Tensor& grad, const at::Tensor& scores,
   const QuantizerPair pair = check_quantized_softmax_backward(grad, scores, mask, causal, window,
                                                               of_scores, of_probabilities);
   const at::Tensor dense = scores.contiguous(), upstream = grad.contiguous();
-  const MaskTensor mask_tensor(mask, scores, causal, window);
+  const MaskTensor mask_tensor(mask, scores.sizes(), compute_dtype(scores.scalar_type()), causal,
+                               window);
   at::Tensor dscores = needs[0] ? at::empty(scores.sizes(), scores.options()) : at::Tensor();
   const auto gradients = empty_gradients(pair, needs);
   dispatch_dtypes(scores, pair.before.ranges.first, [&](auto element, auto range) {

@@ -14,24 +14,34 @@ namespace {
 
 constexpr const char* kOp = "quantized_softmax";
 
-void check_mask(const at::Tensor& mask, const at::Tensor& scores) {
-  constexpr Where where{kOp};
+void check_mask(const Where& where, c10::SymIntArrayRef scores, at::Device device,
+                const at::Tensor& mask) {
   TORCH_CHECK(mask.scalar_type() == at::kBool || mask.is_floating_point(), where,
               ": mask must be bool (true: seen) or floating (added), got ", mask.scalar_type());
-  TORCH_CHECK(mask.device() == scores.device(), where, ": mask must be on the scores' device ",
-              scores.device(), ", got ", mask.device());
+  TORCH_CHECK(mask.device() == device, where, ": mask must be on the scores' device ", device,
+              ", got ", mask.device());
   const auto sizes = mask.sym_sizes();
-  const auto wanted = scores.sym_sizes();
   bool fits = sizes.size() <= 4;
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
     const auto& size = sizes[sizes.size() - 1 - axis];
-    fits = size == 1 || size == wanted[3 - axis];
+    fits = size == 1 || size == scores[3 - axis];
   }
   TORCH_CHECK(fits, where, ": mask has shape ", sizes,
-              ", which does not broadcast against the scores' shape ", wanted);
+              ", which does not broadcast against the scores' shape ", scores);
 }
 
 }  // namespace
+
+void check_sight(const char* op, c10::SymIntArrayRef scores, at::Device device,
+                 const OptionalTensor& mask, bool causal, std::optional<int64_t> window) {
+  const Where where{op};
+  TORCH_CHECK(scores[3] <= std::numeric_limits<int>::max(), where,
+              ": scores must have less than 2^31 keys, got ", scores[3]);
+  if (mask.has_value()) check_mask(where, scores, device, *mask);
+  TORCH_CHECK(!window.has_value() || (causal && *window >= 1), where,
+              ": window must be at least 1, with causal, got ", *window,
+              causal ? "" : " without causal");
+}
 
 QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask,
                                       bool causal, std::optional<int64_t> window,
@@ -42,12 +52,7 @@ QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTe
               ": scores must have 4 dimensions, [batch, heads, queries, keys], got shape ",
               scores.sym_sizes());
   check_elements(where, "scores", scores);
-  TORCH_CHECK(scores.sym_size(3) <= std::numeric_limits<int>::max(), where,
-              ": scores must have less than 2^31 keys, got ", scores.sym_size(3));
-  if (mask.has_value()) check_mask(*mask, scores);
-  TORCH_CHECK(!window.has_value() || (causal && *window >= 1), where,
-              ": window must be at least 1, with causal, got ", *window,
-              causal ? "" : " without causal");
+  check_sight(kOp, scores.sym_sizes(), scores.device(), mask, causal, window);
   return check_quantizers(kOp, "scores", scores, "scores' ", of_scores, "probabilities' ",
                           of_probabilities);
 }
@@ -69,16 +74,16 @@ double hiding_value(at::ScalarType mask) {
   return value;
 }
 
-MaskTensor::MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal,
-                       std::optional<int64_t> window)
+MaskTensor::MaskTensor(const OptionalTensor& mask, at::IntArrayRef sizes, at::ScalarType compute,
+                       bool causal, std::optional<int64_t> window)
     : causal_(causal), window_(window.value_or(0)) {
   if (!mask.has_value()) return;
   tensor_ = *mask;
   if (tensor_.scalar_type() != at::kBool) {
     hides_ = hiding_value(tensor_.scalar_type());
-    tensor_ = tensor_.to(compute_dtype(scores.scalar_type()));
+    tensor_ = tensor_.to(compute);
   }
-  tensor_ = tensor_.expand(scores.sizes());
+  tensor_ = tensor_.expand(sizes);
 }
 
 at::Tensor quantized_softmax(const at::Tensor& scores, const OptionalTensor& mask, bool causal,

@@ -44,14 +44,20 @@ QuantizerPair check_quantized_softmax_backward(const at::Tensor& grad, const at:
                                                const QuantizerArguments& of_scores,
                                                const QuantizerArguments& of_probabilities);
 
+/// Throws where mask and window do not fit scores of these sizes, [batch, heads, queries, keys], on
+/// this device.
+void check_sight(const char* op, c10::SymIntArrayRef scores, at::Device device,
+                 const OptionalTensor& mask, bool causal, std::optional<int64_t> window);
+
 /// What a floating mask of this dtype hides keys with, at this value and below: -1e4, as the dtype
 /// has it.
 double hiding_value(at::ScalarType mask);
 
-/// A checked mask, laid over the scores and kept alive beside its data pointer.
+/// A checked mask, laid over scores of these sizes and compute type and kept alive beside its data
+/// pointer.
 class MaskTensor {
  public:
-  MaskTensor(const OptionalTensor& mask, const at::Tensor& scores, bool causal,
+  MaskTensor(const OptionalTensor& mask, at::IntArrayRef sizes, at::ScalarType compute, bool causal,
              std::optional<int64_t> window);
 
   /// T: the compute type of the scores.

@@ -79,6 +79,11 @@ TORCH_LIBRARY(asymq, m) {
 
   define("quantized_softmax(Tensor scores, Tensor? mask, bool causal, " + range_schema("scores_") +
          ", " + range_schema("probabilities_") + ", int? window=None) -> Tensor");
+  define(
+      "quantized_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, "
+      "float scaling, " +
+      range_schema("scores_") + ", " + range_schema("probabilities_") +
+      ", int? window=None) -> Tensor");
   define("quantized_gelu(Tensor x, " + range_schema("input_") + ", " + range_schema("output_") +
          ") -> Tensor");
   define("quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, " +
@@ -113,6 +118,15 @@ TORCH_LIBRARY(asymq, m) {
       "bool causal, int? window, " +
       quantizer_schema("scores_") + ", " + quantizer_schema("probabilities_") +
       ", bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  const std::string attention =
+      "Tensor? mask, bool causal, int? window, float scaling, " + quantizer_schema("scores_") +
+      ", " + quantizer_schema("probabilities_");
+  define("_quantized_attention(Tensor query, Tensor key, Tensor value, " + attention +
+         ") -> (Tensor context, Tensor statistics)");
+  define(
+      "_quantized_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+      "Tensor context, Tensor statistics, " +
+      attention + ", bool[7] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   define("_quantized_gelu(Tensor x, " + quantizer_schema("input_") + ", " +
          quantizer_schema("output_") + ") -> Tensor");
   define("_quantized_gelu_backward(Tensor grad, Tensor x, " + quantizer_schema("input_") + ", " +

@@ -45,6 +45,7 @@ _dequantize = _ops.dequantize.default
 _effective_scale_offset = _ops.effective_scale_offset.default
 _range_of_extrema = _ops.range_of_extrema.default
 _quantized_softmax = _ops.quantized_softmax.default
+_quantized_attention = _ops.quantized_attention.default
 _quantized_gelu = _ops.quantized_gelu.default
 _quantized_cross_entropy = _ops.quantized_cross_entropy.default
 _quantized_rms_norm = _ops.quantized_rms_norm.default
@@ -365,6 +366,39 @@ def quantized_softmax(
     quantizers; saves the scores and two numbers per row.
     """
     return _quantized_softmax(scores, mask, causal, *scores_range, *probabilities_range, window)
+
+
+def quantized_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scores_range: RangeArguments,
+    probabilities_range: RangeArguments,
+    *,
+    scaling: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """probabilities @ value, where the probabilities are :func:`quantized_softmax` of the scores
+    scaling * query @ keyᵀ; mask, causal and window are its own.
+
+    query: [batch, heads, queries, width]. key: [batch, key heads, keys, width]. value: [batch, key
+    heads, keys, value width]. All of one dtype; a key head serves heads / key heads consecutive
+    ones. scaling: None is width**-0.5. The result [batch, heads, queries, value width] has the
+    memory of [batch, queries, heads, value width].
+
+    On CUDA of compute capability 8.0 and later, neither scores nor probabilities come to memory,
+    forward or backward, of bfloat16, float16, and float32 where torch allows TF32 in products, with
+    heads of up to 128 elements whose rows are multiples of 16 bytes. Scores are then not rounded to
+    the dtype. Elsewhere both do, one after the other.
+
+    Differentiable with respect to query, key, value and learned parameters, straight-through at
+    both quantizers; saves these, the result and two numbers per query. Repeats bit for bit.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    ranges = (*scores_range, *probabilities_range)
+    return _quantized_attention(query, key, value, mask, causal, scaling, *ranges, window)
 
 
 def quantized_gelu(x: Tensor, input_range: RangeArguments, output_range: RangeArguments) -> Tensor:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "asymq/fake_quantize.h"
+#include "asymq/quantized_attention.h"
 #include "asymq/quantized_cross_entropy.h"
 #include "asymq/quantized_gelu.h"
 #include "asymq/quantized_glu.h"

@@ -19,7 +19,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from asymq import ops
 from asymq.layers import fused
 from asymq.layers.quantized import Quantized
 from asymq.quantizers import OFF, Quantizer, apply
@@ -132,7 +131,8 @@ def quantized_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """(context [batch, queries, heads, width], probabilities [batch, heads, queries, keys]).
+    """(context [batch, queries, heads, width], probabilities [batch, heads, queries, keys], or None
+    where they have not come to memory).
 
     query: [batch, heads, queries, width]. key, value: [batch, key heads, keys, width]; a key head
     serves heads / key heads consecutive ones. attention_mask: what `attention_mask` below makes,
@@ -180,38 +180,43 @@ def _attention(
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     for name in REFUSED:
         if kwargs.get(name) is not None:
             raise RuntimeError(
                 f"asymq: {type(module).__name__} gives attention {name}, which quantized scores "
                 "and probabilities do not know: leave both out (skip)"
             )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Scaling the queries spares a pass over the scores.
-    scores = _matmul(query * scaling, key.transpose(-1, -2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if position_bias is not None:
-        scores = scores + position_bias
     if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
         # A mask of four dimensions comes as the user made it.
         raise ValueError(
             "asymq: an attention mask of four dimensions must be bool (True: seen) or floating "
             f"point (added to the scores), got {mask.dtype}"
         )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
-    causal = mask is None and scores.shape[-2] == scores.shape[-1] and bool(is_causal)
+    causal = mask is None and query.shape[2] == key.shape[2] and bool(is_causal)
     window = sliding_window if causal else None
-    ranges = fused.ranges_of(scores, before, after)
-    if ranges is not None and not dropout and not torch.compiler.is_compiling():
-        probabilities = ops.quantized_softmax(scores, mask, *ranges, causal=causal, window=window)
-        context = _attend(probabilities, value, scores, mask, causal, window, *ranges)
-    else:
-        probabilities = fused.softmax(scores, mask, causal, window, before, after)
-        context = _matmul(nn.functional.dropout(probabilities, dropout), value)
+    if not dropout and softcap is None and position_bias is None and not _shows(module, kwargs):
+        context = fused.attention(query, key, value, mask, scaling, causal, window, before, after)
+        if context is not None:
+            return context.transpose(1, 2), None
+    # Scaling the queries spares a pass over the scores.
+    scores = _matmul(query * scaling, key.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    probabilities = fused.softmax(scores, mask, causal, window, before, after)
+    context = _matmul(nn.functional.dropout(probabilities, dropout), value)
     return context.transpose(1, 2), probabilities
+
+
+def _shows(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether the model returns the probabilities."""
+    config = module.model_config if isinstance(module, QuantAttention) else module.config
+    return bool(options.get("output_attentions", getattr(config, "output_attentions", False)))
 
 
 def _matmul(x: Tensor, of_keys: Tensor) -> Tensor:
@@ -222,57 +227,6 @@ def _matmul(x: Tensor, of_keys: Tensor) -> Tensor:
         return x @ of_keys
     rows = x.reshape(x.shape[0], of_key, heads // of_key * x.shape[2], x.shape[3])
     return (rows @ of_keys).view(*x.shape[:3], of_keys.shape[-1])
-
-
-def _attend(
-    probabilities: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    window: int | None,
-    before: ops.RangeArguments,
-    after: ops.RangeArguments,
-) -> Tensor:
-    tensors = (*before.parameters, *after.parameters)
-    ranges = before._replace(parameters=()), after._replace(parameters=()), len(before.parameters)
-    return _Attend.apply(probabilities, value, scores, mask, causal, window, ranges, *tensors)
-
-
-class _Attend(torch.autograd.Function):
-    """probabilities @ value that keeps the scores, which the softmax keeps too, and computes the
-    probabilities again for the backward: one tensor of [queries, keys] less per layer."""
-
-    @staticmethod
-    def forward(ctx, probabilities, value, scores, mask, causal, window, ranges, *range_tensors):
-        # Saved with their versions: ranges that change before the backward are an error, as in the
-        # softmax's own backward.
-        ctx.save_for_backward(value, scores, mask, *range_tensors)
-        ctx.causal, ctx.window, ctx.ranges = causal, window, ranges
-        return _matmul(probabilities, value)
-
-    @staticmethod
-    def backward(ctx, grad):
-        value, scores, mask, *range_tensors = ctx.saved_tensors
-        grad = grad.to(value.dtype)
-        grad_probabilities = grad_value = None
-        if ctx.needs_input_grad[0]:
-            grad_probabilities = _matmul(grad, value.transpose(-1, -2))
-        if ctx.needs_input_grad[1]:
-            before, after, first = ctx.ranges
-            probabilities = ops.quantized_softmax(
-                scores,
-                mask,
-                before._replace(parameters=tuple(range_tensors[:first])),
-                after._replace(parameters=tuple(range_tensors[first:])),
-                causal=ctx.causal,
-                window=ctx.window,
-            )
-            # All rows of the heads that a key head serves.
-            groups = *value.shape[:2], -1
-            probabilities = probabilities.reshape(*groups, probabilities.shape[-1])
-            grad_value = probabilities.transpose(-1, -2) @ grad.reshape(*groups, grad.shape[-1])
-        return grad_probabilities, grad_value, *[None] * (5 + len(range_tensors))
 
 
 def attention_mask(*args, **kwargs) -> Tensor | None:

@@ -63,6 +63,46 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> Ten
     return ops.quantized_rms_norm(x, weight, quantizer.range_arguments(x), eps=eps)
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    causal: bool,
+    window: int | None,
+    before: Quantizer | None,
+    after: Quantizer | None,
+) -> Tensor | None:
+    """after(softmax(before(scaling * query @ keyᵀ) + mask)) @ value, [batch, heads, queries,
+    width], where one kernel does it; None where it does not, or tensors must be cast first.
+
+    query: [batch, heads, queries, width]. key, value: [batch, key heads, keys, width]. mask, causal
+    and window: as `softmax` has them.
+    """
+    if not _has_attention_kernel(query, key, value):
+        return None
+    scores = query.detach()[..., :1].expand(*query.shape[:3], key.shape[2])  # of their shape
+    ranges = ranges_of(scores, before, after)
+    if ranges is None:
+        return None
+    return ops.quantized_attention(
+        query, key, value, mask, *ranges, scaling=scaling, causal=causal, window=window
+    )
+
+
+def _has_attention_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    dtype = query.dtype
+    return (
+        query.is_cuda
+        and query.shape[-1] == value.shape[-1] <= 128
+        and query.shape[-1] * query.element_size() % 16 == 0
+        and dtype == key.dtype == value.dtype != torch.float64
+        and (dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest")
+        and (not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") == dtype)
+    )
+
+
 def softmax(
     scores: Tensor,
     mask: Tensor | None,
