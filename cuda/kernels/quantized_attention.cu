@@ -57,7 +57,7 @@ constexpr int kTileTokens = kWidth * sizeof(S) <= 256 ? 64 : 32;
 constexpr int kBackwardTokens = 32;
 
 template <class S, int kWidth, int kTokens>
-constexpr int kTileElements = kTokens* shared_stride<S>(kWidth);
+constexpr int kTileElements = kTokens* kSharedStride<S, kWidth>;
 
 /// Starts to bring tokens `first` on to shared memory; zeros where there are none, or no elements.
 template <class S, int kWidth, int kTokens>
@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_tile(S* to, const S* from, int64_t stride, 
   for (int i = threadIdx.x; i < kTokens * kChunks; i += kAttentionThreads) {
     const int token = i / kChunks, column = i % kChunks * kCount;
     const bool exists = first + token < tokens && column < width;
-    copy_async(to + token * shared_stride<S>(kWidth) + column,
+    copy_async(to + token * kSharedStride<S, kWidth> + column,
                exists ? from + (first + token) * stride + column : from, exists);
   }
 }
@@ -81,7 +81,7 @@ __device__ __forceinline__ void round_tile(S* tile) {
     constexpr int kChunks = kWidth / 4;
 #pragma unroll
     for (int i = threadIdx.x; i < kTokens * kChunks; i += kAttentionThreads) {
-      float* at = tile + i / kChunks * shared_stride<S>(kWidth) + i % kChunks * 4;
+      float* at = tile + i / kChunks * kSharedStride<S, kWidth> + i % kChunks * 4;
       auto values = load_vector<4>(at);
       for (float& value : values.values) value = round_to_tensor_core(value);
       store_vector(at, values);
@@ -217,7 +217,7 @@ __device__ __forceinline__ float masked_score(const Sight& sight,
 
 /// The softmax of one row.
 struct Row {
-  float largest = 0, inverse_sum = 0;
+  float largest, inverse_sum;
 
   __device__ float probability(float masked) const {
     return exponential(masked, largest) * inverse_sum;
@@ -227,7 +227,7 @@ struct Row {
 /// A row that sees no key has probabilities of 0.
 __device__ __forceinline__ Row make_row(const float* statistics, int64_t index) {
   const auto both = load_vector<2>(statistics + 2 * index);
-  if (both.values[0] == -INFINITY) return {};
+  if (both.values[0] == -INFINITY) return {0.0f, 0.0f};
   return {both.values[0], 1.0f / both.values[1]};
 }
 
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   round_tile<S, kWidth, kAttentionRows>(queries);
 
   const int first_row = place.first + threadIdx.x / kWarp * 16;
-  const S* rows = queries + threadIdx.x / kWarp * 16 * shared_stride<S>(kWidth);
+  const S* rows = queries + threadIdx.x / kWarp * 16 * kSharedStride<S, kWidth>;
   const auto span = sight.keys_of(place.first, place.first + kAttentionRows - 1);
   const int first = span.begin / kTokens, last = (span.end + kTokens - 1) / kTokens;
   const auto load_keys = [&](S* to, int i) {
@@ -449,8 +449,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int first_of_warp = threadIdx.x / kWarp * 16;
   const int first_row = place.first + first_of_warp;
   const int64_t first_index = (place.batch * shape.heads + place.head) * shape.queries;
-  const S* query_rows = queries + first_of_warp * shared_stride<S>(kWidth);
-  const S* grad_rows = upstream + first_of_warp * shared_stride<S>(kWidth);
+  const S* query_rows = queries + first_of_warp * kSharedStride<S, kWidth>;
+  const S* grad_rows = upstream + first_of_warp * kSharedStride<S, kWidth>;
   Row softmax[2];
   float near[2], difference[2];  // c, and dot - c
 #pragma unroll
@@ -572,8 +572,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   __shared__ Rows both_rows[2];
   const int first_of_warp = threadIdx.x / kWarp * 16;
   const int first_row = place.first + first_of_warp;
-  const S* key_rows = keys + first_of_warp * shared_stride<S>(kWidth);
-  const S* value_rows = values + first_of_warp * shared_stride<S>(kWidth);
+  const S* key_rows = keys + first_of_warp * kSharedStride<S, kWidth>;
+  const S* value_rows = values + first_of_warp * kSharedStride<S, kWidth>;
 
   Accumulator dkey[kWidth / 8] = {}, dvalue[kWidth / 8] = {};
   for (int64_t head = place.head * group; head < (place.head + 1) * group; ++head) {

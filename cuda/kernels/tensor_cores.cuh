@@ -22,10 +22,8 @@ template <class S>
 inline constexpr int kDepth = 32 / sizeof(S);
 
 /// Elements from row to row of a tile of `width` columns in shared memory.
-template <class S>
-constexpr int shared_stride(int width) {
-  return width + 16 / sizeof(S);
-}
+template <class S, int kWidth>
+constexpr int kSharedStride = kWidth + 16 / sizeof(S);
 
 struct Accumulator {
   float values[4];
@@ -183,7 +181,7 @@ __device__ __forceinline__ RowsFragment rows_of(const Accumulator (&tiles)[kTile
 template <int kWidth, class S, int kTiles>
 __device__ __forceinline__ void multiply_transposed(Accumulator (&to)[kTiles], const S* rows,
                                                     const S* columns) {
-  constexpr int kStride = shared_stride<S>(kWidth);
+  constexpr int kStride = kSharedStride<S, kWidth>;
 #pragma unroll
   for (Accumulator& tile : to) tile = {};
 #pragma unroll
@@ -202,7 +200,7 @@ __device__ __forceinline__ void multiply_transposed(Accumulator (&to)[kTiles], c
 template <class S, int kColumns, int kTiles>
 __device__ __forceinline__ void multiply_across(Accumulator (&to)[kColumns],
                                                 const Accumulator (&rows)[kTiles], const S* tile) {
-  constexpr int kStride = shared_stride<S>(8 * kColumns);
+  constexpr int kStride = kSharedStride<S, 8 * kColumns>;
 #pragma unroll
   for (int step = 0; step < 8 * kTiles / kDepth<S>; ++step) {
     const RowsFragment fragment = rows_of<S>(rows, step);
