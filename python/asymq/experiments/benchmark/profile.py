@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 STEPS = 3
 # The part of a step that an operator belongs to: the first whose pattern its name has.
 PARTS = {
+    "quantized attention": "quantized_attention",
     "quantized softmax": "quantized_softmax",
     "quantized GELU": "quantized_gelu",
     "quantized cross-entropy": "quantized_cross_entropy",
