@@ -89,17 +89,17 @@ __device__ __forceinline__ void round_tile(S* tile) {
   }
 }
 
-/// Two buffers of kTiles tiles each: a tile of tokens is brought while the one before is in use.
-/// Calls load(buffer, i), round(buffer), use(buffer, i) for i from first to last - 1.
-template <class S, int kElements, class Load, class Round, class Use>
+/// Two buffers of kElements elements each: a tile of tokens is brought while the one before is in
+/// use. Calls load(buffer, i), settle(buffer), use(buffer, i) for i from first to last - 1.
+template <class S, int kElements, class Load, class Settle, class Use>
 __device__ __forceinline__ void for_each_tile(S* buffers, int first, int last, const Load& load,
-                                              const Round& round, const Use& use) {
+                                              const Settle& settle, const Use& use) {
   __syncthreads();  // who uses them still
   if (first < last) load(buffers, first);
   for (int i = first; i < last; ++i) {
     S* buffer = buffers + (i - first) % 2 * kElements;
     wait_for_copies();
-    round(buffer);
+    settle(buffer);
     __syncthreads();
     if (i + 1 < last) load(buffers + (i + 1 - first) % 2 * kElements, i + 1);
     use(buffer, i);
@@ -473,11 +473,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
     load_tile<S, kWidth, kTokens>(to + kElements, values, op.value.token, i * kTokens, sight.keys(),
                                   op.width);
   };
-  const auto round = [](S* tile) {
+  const auto settle = [](S* tile) {
     round_tile<S, kWidth, kTokens>(tile);
     round_tile<S, kWidth, kTokens>(tile + kElements);
   };
-  for_each_tile<S, 2 * kElements>(buffers, first, last, load, round, [&](S* tile, int t) {
+  for_each_tile<S, 2 * kElements>(buffers, first, last, load, settle, [&](S* tile, int t) {
     const Elements<false, kTiles> elements(sight, first_row, t * kTokens);
     if (elements.none()) return;
     Accumulator scores[kTiles], grads[kTiles];
@@ -598,11 +598,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
         rows.dots[threadIdx.x] = gradients.dots[first_index + query];
       }
     };
-    const auto round = [](S* tile) {
+    const auto settle = [](S* tile) {
       round_tile<S, kWidth, kTokens>(tile);
       round_tile<S, kWidth, kTokens>(tile + kElements);
     };
-    for_each_tile<S, 2 * kElements>(buffers, first, last, load, round, [&](S* tile, int t) {
+    for_each_tile<S, 2 * kElements>(buffers, first, last, load, settle, [&](S* tile, int t) {
       const Elements<true, kTiles> elements(sight, first_row, t * kTokens);
       if (elements.none()) return;
       const Rows& rows = rows_of_buffer(tile);

@@ -30,7 +30,7 @@ struct AttentionOperands {
   int key_heads, width;
   float scaling;
   detail::AttentionMask<float> mask;
-  QuantizerPointers<float> scores_quantizer, probabilities_quantizer;
+  QuantizerPointers<Compute<S>> scores_quantizer, probabilities_quantizer;
   Heads<const S> query, key, value;
 
   /// Blocks that share out so many tokens of so many heads.
@@ -64,8 +64,5 @@ template <class S>
 void launch_attention_backward(const AttentionOperands<S>& operands,
                                const AttentionGradients<S>& gradients, bool overlaps,
                                cudaStream_t stream);
-
-/// apply(S): the elements that tensor cores take.
-#define ASYMQ_FOR_EACH_TENSOR_CORE_TYPE(apply) apply(float) apply(__half) apply(__nv_bfloat16)
 
 }  // namespace asymq::cuda

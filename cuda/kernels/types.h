@@ -14,6 +14,9 @@
   apply(float, float) apply(__half, float) apply(__nv_bfloat16, float) apply(double, float) \
       apply(double, double)
 
+/// apply(S): what tensor cores multiply, with sums in float.
+#define ASYMQ_FOR_EACH_TENSOR_CORE_TYPE(apply) apply(float) apply(__half) apply(__nv_bfloat16)
+
 /// apply(P)
 #define ASYMQ_FOR_EACH_RANGE_TYPE(apply) apply(float) apply(double)
 
