@@ -1,6 +1,7 @@
 """The command that measures: what it writes, and comparing with what is recorded."""
 
 import csv
+import itertools
 import runpy
 import sys
 from argparse import Namespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from asymq.experiments.benchmark import ops, profile, recipes, recorded, step
+from asymq.experiments.benchmark.timing import Timing, timing
 from asymq.experiments.common.recipes import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ops, "cases", lambda *_: [case])
     monkeypatch.setattr(ops, "_use_memory", lambda: None)
     monkeypatch.setattr(ops, "median_seconds", lambda sample, span: sample())
-    monkeypatch.setattr(step, "median_seconds", lambda sample, span: sample())
+    monkeypatch.setattr(step, "timing", lambda sample, span: Timing(sample(), 0.0))
     tiny = step.Setting("gpt2", 1, 8, 2, 32, batch=1, context=8)
     monkeypatch.setitem(step.MODELS, "quickstart", tiny)
     llama = step.LlamaSetting(
@@ -113,9 +115,21 @@ def test_codes(tmp_path):
 
 
 def test_steps_that_learn_otherwise(tmp_path):
-    methods = ["float_eager", "asymq_distilled", "asymq_weights", "asymq_scheduled"]
+    methods = ["float_eager", "float_sdpa", "asymq_distilled"]
+    methods += ["asymq_joint", "asymq_weights", "asymq_scheduled"]
     run((*STEP[:-1], ",".join(methods)), tmp_path, "--precision", "tf32")
-    assert [row["method"] for row in rows(tmp_path / "step_cpu.csv")] == methods
+    found = rows(tmp_path / "step_cpu.csv")
+    assert [row["method"] for row in found] == methods
+    fastest = min(float(row["milliseconds"]) for row in found[:2])
+    for row in found:
+        assert float(row["ratio"]) == pytest.approx(float(row["milliseconds"]) / fastest, rel=1e-2)
+
+
+def test_timing():
+    assert timing(lambda: 2.0, 1e-3) == Timing(2.0, 0.0)
+    samples = itertools.cycle([1.0, 2.0, 3.0])
+    found = timing(lambda: next(samples), 0.02)
+    assert found.seconds == 2.0 and found.spread == pytest.approx(1.0, abs=0.05)
 
 
 def test_step(tmp_path):
@@ -199,7 +213,7 @@ def keys(file):
 
 def test_comparison():
     def row(method, milliseconds):
-        return step.StepTime("cpu", "tf32", method, milliseconds, 1.0, None)
+        return step.StepTime("cpu", "tf32", method, milliseconds, 1.0, 0.0, None)
 
     then = {recorded.key(row(method, 1.0)): 2.0 for method in ("float_eager", "asymq")}
     against = recorded.Recorded(Path("old.csv"), ["a machine"], then)

@@ -152,7 +152,8 @@ def _measured(
         prompt = ids[:1, : min(PROMPT, setting.context // 2)]
         count = min(NEW, setting.context - prompt.shape[1])
         work = generation(model, prompt, count)
-    seconds, peak = measure(work, args.device, 1.0 if args.quick else 3.0)
+    timing, peak = measure(work, args.device, 1.0 if args.quick else 3.0)
+    seconds = timing.seconds
     profiled: list[str] = []
     if args.profile:
         found = profile.profile(work, model, seconds)

@@ -53,12 +53,13 @@ def read(args: Namespace, kind: type, setting: list[str]) -> Recorded | None:
         raise BadInput(f"--against {path}: {reason}") from None
     head = [line.removeprefix("# ") for line in lines if line.startswith("#")]
     reader = csv.DictReader(line for line in lines if not line.startswith("#"))
-    need(reader.fieldnames == _columns(kind), f"is not of `benchmark.py {args.command}`")
+    before = _columns(kind).index("milliseconds")
+    columns = list(reader.fieldnames or ())[: before + 1]
+    need(columns == _columns(kind)[: before + 1], f"is not of `benchmark.py {args.command}`")
     rows = list(reader)
     devices = {row["device"] for row in rows}
     need(devices == {args.device}, f"was measured on {', '.join(devices)}, this is {args.device}")
     need(head[3:] == setting, f"is of {', '.join(head[3:])}, this is {', '.join(setting)}")
-    before = _columns(kind).index("milliseconds")
     try:
         found = {tuple(row.values())[:before]: float(row["milliseconds"]) for row in rows}
     except (TypeError, ValueError):

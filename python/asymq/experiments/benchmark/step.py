@@ -1,9 +1,9 @@
-"""The cost of a training step with quantized ranges, in multiples of the float model's.
+"""The cost of a training step with quantized ranges, in multiples of the fastest float model's.
 
 A step is forward, loss, backward and Adam. The float models learn their weights, the quantized
 ones their ranges alone, at every site of the paper's Table 2, by the usual loss or by
-SelfDistillation, or their weights too, also with a TransitionRateScheduler. Weights are random:
-they do not change what a step costs.
+SelfDistillation, or weights and ranges (joint), or weights whose own ranges are frozen, also with a
+TransitionRateScheduler. Weights are random: they do not change what a step costs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 import asymq
 from asymq import reference
 from asymq.experiments.benchmark import profile, recorded
-from asymq.experiments.benchmark.timing import median_seconds
+from asymq.experiments.benchmark.timing import Timing, timing
 from asymq.experiments.common.provenance import header
 from asymq.quantizers.functions import use_namespace
 
@@ -50,6 +50,8 @@ class LlamaSetting(Setting):
 
 MODELS: dict[str, Setting] = {
     "gpt2": Setting("gpt2", 12, 768, 12, 50257, batch=8, context=1024),
+    # Where the GPU has next to nothing to do: the host's cost.
+    "gpt2-tiny": Setting("gpt2", 12, 768, 12, 50257, batch=1, context=32),
     "gpt2-xl": Setting("gpt2", 48, 1600, 25, 50257, batch=8, context=768),
     "opt-1.3b": Setting("opt", 24, 2048, 32, 50272, batch=8, context=1024),
     # Llama 3.2 1B.
@@ -67,7 +69,8 @@ class StepTime:
     precision: str
     method: str
     milliseconds: float
-    ratio: float  # to the float model with eager attention
+    ratio: float  # to the fastest float model of the run
+    spread: float  # of the quartiles, in multiples of the median
     peak_gib: float | None  # of the GPU's memory
 
 
@@ -122,7 +125,10 @@ def prepared_model(method: Method, setting: Setting, device: str, ids) -> nn.Mod
     model = float_model(setting, device, "eager")
     asymq.prepare(model, asymq.QuantConfig.table2(method.parameterization))
     asymq.calibrate(model, [ids[:1]])
-    (asymq.freeze_weight_ranges if method.weights else asymq.freeze_weights)(model)
+    if method.learns == RANGES:
+        asymq.freeze_weights(model)
+    elif method.learns == WEIGHTS:
+        asymq.freeze_weight_ranges(model)
     return model
 
 
@@ -145,6 +151,10 @@ TORCH_CORE = SimpleNamespace(
 )
 
 
+# What a method learns: RANGES alone, WEIGHTS without their ranges, or all.
+RANGES, WEIGHTS, JOINT = "ranges", "weights", "joint"
+
+
 @dataclass(frozen=True)
 class Method:
     functions: object | None  # of the quantizers; None: the float model
@@ -152,7 +162,7 @@ class Method:
     attention: str = "eager"
     compiled: bool = False
     captured: bool = False
-    weights: bool = False  # learn too, but for their ranges, under a fused Adam
+    learns: str = RANGES
     scheduled: bool = False  # by the share of their codes that change
     distilled: bool = False  # the loss is against the model without quantizers
 
@@ -160,12 +170,16 @@ class Method:
 METHODS = {
     "float_eager": Method(None),
     "float_sdpa": Method(None, attention="sdpa"),
+    "float_sdpa_compiled": Method(None, attention="sdpa", compiled=True),
     "asymq": Method(asymq.ops),
     "asymq_captured": Method(asymq.ops, captured=True),
     "asymq_compiled": Method(asymq.ops, compiled=True),
     "asymq_distilled": Method(asymq.ops, distilled=True),
-    "asymq_weights": Method(asymq.ops, weights=True),
-    "asymq_scheduled": Method(asymq.ops, weights=True, scheduled=True),
+    "asymq_joint": Method(asymq.ops, learns=JOINT),
+    "asymq_joint_captured": Method(asymq.ops, learns=JOINT, captured=True),
+    "asymq_joint_compiled": Method(asymq.ops, learns=JOINT, compiled=True),
+    "asymq_weights": Method(asymq.ops, learns=WEIGHTS),
+    "asymq_scheduled": Method(asymq.ops, learns=WEIGHTS, scheduled=True),
     "torch_core": Method(TORCH_CORE, "scale_offset"),
     "reference": Method(reference),
     "compiled": Method(reference, compiled=True),
@@ -184,12 +198,11 @@ def step_of(
         parameters: Iterable[Any] = model.parameters()
     else:
         model = prepared_model(method, setting, device, ids)
-        parameters = model.parameters() if method.weights else asymq.range_parameters(model)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        parameters = asymq.range_parameters(model) if method.learns == RANGES else learned
     if checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.Adam(
-        parameters, lr=1e-5, capturable=method.captured, fused=method.weights or None
-    )
+    optimizer = torch.optim.Adam(parameters, lr=1e-5, capturable=method.captured, fused=True)
     rates = None
     if method.scheduled:
         rates = asymq.TransitionRateScheduler(optimizer, model, 10_000)
@@ -218,8 +231,8 @@ def step_of(
 # ---- the run -----------------------------------------------------------------------------------
 
 
-def measure(step: Callable, device: str, span: float) -> tuple[float, float | None]:
-    """Median seconds of a step, and the peak of the GPU's memory in GiB."""
+def measure(step: Callable, device: str, span: float) -> tuple[Timing, float | None]:
+    """Of a step, and the peak of the GPU's memory in GiB."""
 
     def sample():
         start = time.perf_counter()
@@ -231,17 +244,20 @@ def measure(step: Callable, device: str, span: float) -> tuple[float, float | No
     for _ in range(3):
         sample()
     if device != "cuda":
-        return median_seconds(sample, span), None
+        return timing(sample, span), None
     torch.cuda.reset_peak_memory_stats()
-    return median_seconds(sample, span), torch.cuda.max_memory_allocated() / 2**30
+    return timing(sample, span), torch.cuda.max_memory_allocated() / 2**30
 
 
 def markdown(rows: list[StepTime], head: list[str]) -> str:
     lines = ["# A training step", "", *(f"- {line}" for line in head), ""]
-    lines += ["| precision | method | ms | times float_eager | peak GiB |", "|---|---|---|---|---|"]
+    lines += [
+        "| precision | method | ms | times the fastest float | spread | peak GiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         peak = "" if row.peak_gib is None else f"{row.peak_gib:.1f}"
-        figures = f"{row.milliseconds:.1f} | {row.ratio:.2f} | {peak}"
+        figures = f"{row.milliseconds:.1f} | {row.ratio:.2f} | {row.spread:.1%} | {peak}"
         lines.append(f"| {row.precision} | {row.method} | {figures} |")
     return "\n".join(lines) + "\n"
 
@@ -258,38 +274,43 @@ def run(args) -> None:
     head = header(args.device, "random weights, 4-bit weights, 12-bit activations, range learning")
     head.append(setting)
     print("\n".join(head))
-    rows, profiles = [], []
+    rows: list[StepTime] = []
+    profiles: list[str] = []
     for precision in args.precision:
-        base = float("nan")
+        found = []
         for method in args.only:
-            row, lines = _measured(method, precision, base, MODELS[name], args)
-            base = row.milliseconds if method == "float_eager" else base
-            rows.append(row)
+            row, lines = _measured(method, precision, MODELS[name], args)
+            found.append(row)
             profiles += lines
+        rows += _with_ratios(found)
+    print(markdown(rows, head))
     path = args.out / f"step_{args.device}{suffix}"
     recorded.save(path, head, rows, "\n".join([markdown(rows, head), *profiles]), against)
 
 
-def _measured(
-    method: str, precision: str, base: float, setting: Setting, args
-) -> tuple[StepTime, list[str]]:
-    """A row of the results, which it prints, and with args.profile where the time goes. base: the
-    milliseconds of float_eager, NaN before it is measured."""
+def _with_ratios(rows: list[StepTime]) -> list[StepTime]:
+    """NaN where no float model was measured."""
+    floats = [row.milliseconds for row in rows if METHODS[row.method].functions is None]
+    base = min(floats, default=float("nan"))
+    return [replace(row, ratio=round(row.milliseconds / base, 3)) for row in rows]
+
+
+def _measured(method: str, precision: str, setting: Setting, args) -> tuple[StepTime, list[str]]:
+    """A row of the results, which it prints, without its ratio, and with args.profile where the
+    time goes."""
     profiled: list[str] = []
     with step_of(METHODS[method], setting, args.device, precision, args.checkpointing) as made:
-        seconds, peak = measure(made[0], args.device, 1.0 if args.quick else 3.0)
+        found, peak = measure(made[0], args.device, 1.0 if args.quick else 3.0)
         if args.profile:
-            found = profile.profile(*made, seconds)
-            profiled = profile.markdown(found, f"{method}, {precision}")
-    milliseconds = round(seconds * 1e3, 3)
-    base = milliseconds if method == "float_eager" else base
-    ratio, peak = round(milliseconds / base, 3), peak and round(peak, 2)
-    row = StepTime(args.device, precision, method, milliseconds, ratio, peak)
-    memory = "" if peak is None else f"  {peak:6.1f} GiB"
-    print(
-        f"{precision:8} {method:12} {milliseconds:8.1f} ms {ratio:6.2f} times float_eager{memory}",
-        flush=True,
+            profiled = profile.markdown(
+                profile.profile(*made, found.seconds), f"{method}, {precision}"
+            )
+    milliseconds, peak = round(found.seconds * 1e3, 3), peak and round(peak, 2)
+    row = StepTime(
+        *(args.device, precision, method, milliseconds, float("nan"), round(found.spread, 4), peak)
     )
+    memory = "" if peak is None else f"  {peak:6.1f} GiB"
+    print(f"{precision:8} {method:20} {milliseconds:8.1f} ms{memory}", flush=True)
     del made
     gc.collect()
     if args.device == "cuda":
