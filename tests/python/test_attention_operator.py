@@ -25,6 +25,8 @@ from torch import Tensor
 
 from asymq.ops import quantized_attention, quantized_softmax
 
+pytestmark = pytest.mark.composite
+
 HALVES = (torch.bfloat16, torch.float16)
 SCORES = (-1.5, 2.0)  # narrower than what comes out, so that some is clipped
 PROBABILITIES = (0.0, 0.6)
