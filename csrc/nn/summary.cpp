@@ -167,7 +167,7 @@ std::vector<std::string> shared(const torch::nn::Module& model) {
 
 std::string with_commas(int64_t count) {
   std::string text = std::to_string(count);
-  for (size_t i = text.size(); i > 3; i -= 3) text.insert(i - 3, ",");
+  for (size_t i = text.size(); i > 3; i -= 3) text.insert(i - 3, 1, ',');
   return text;
 }
 

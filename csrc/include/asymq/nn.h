@@ -315,7 +315,7 @@ class QuantLayerOfOptions : public QuantLayerImpl<Derived, FloatLayer> {
   using Options = LayerOptions;
   using QuantLayerImpl<Derived, FloatLayer>::QuantLayerImpl;
 
-  explicit QuantLayerOfOptions(const Options& options)
+  explicit QuantLayerOfOptions(Options options)
       : QuantLayerImpl<Derived, FloatLayer>(std::make_shared<FloatLayer>(options.layer),
                                             options.weight(), options.output(), options.input()) {}
 
