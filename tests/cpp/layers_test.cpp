@@ -1,6 +1,5 @@
 // Quantized layers of asymq/nn.h: what each computes, learns, keeps and refuses.
 #include <asymq/nn.h>
-#include <torch/nn/functional/conv.h>
 #include <torch/serialize.h>
 
 #include <sstream>
@@ -129,7 +128,6 @@ TEST_P(LayersTest, LayerNorm) {
 
 TEST_P(LayersTest, Convolutions) {
   const Tensor image = random({2, 4, 6, 5}), sound = random({2, 4, 9});
-  using torch::nn::functional::conv2d;
   const auto conv = torch::nn::Conv2dOptions(4, 6, {3, 2}).stride(2).padding(1).groups(2);
   for (const bool bias : {true, false}) {
     const auto options = torch::nn::Conv2dOptions(conv).bias(bias);

@@ -388,8 +388,8 @@ class QuantLayerNormImpl : public QuantLayerOfOptions<QuantLayerNormImpl, torch:
 using QuantLayerNorm = QuantLayerHolder<QuantLayerNormImpl>;
 
 /// torch::nn::Conv1d and Conv2d with a quantized weight, whose ranges are [1], [out, 1, ...] or
-/// [out, in / groups / size, ...], output and input. Their channels are not the last axis: output
-/// and input of other granularities than PerTensor need `sizes`, such as {64, 1, 1}.
+/// [out, in / groups / size, ...], output and input. Their channels are not the last axis: ranges
+/// of the output or input that lie along an axis need `sizes`, such as {64, 1, 1}.
 using QuantConv1dOptions = QuantLayerOptions<torch::nn::Conv1dOptions>;
 class QuantConv1dImpl
     : public QuantLayerOfOptions<QuantConv1dImpl, torch::nn::Conv1dImpl, QuantConv1dOptions> {
