@@ -54,7 +54,7 @@ sanitizers() {
     -DASYMQ_SANITIZE=address,undefined
   # No leak check: libtorch keeps its registries and thread pools until the process ends.
   local -x ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-  "$build/subproject/asymq/tests/cpp/asymq_tests" --gtest_brief=1
+  "$build/subproject/_deps/asymq-build/tests/cpp/asymq_tests" --gtest_brief=1
   rm -rf "$installed"
   cmake --install "$build/subproject" >/dev/null
   "$installed/bin/user"

@@ -3,7 +3,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <cmath>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
@@ -69,6 +69,8 @@ class Evaluation {
   std::vector<bool> training_;
 };
 
+bool of_norm(const QuantizerImpl& quantizer) { return quantizer.options.kind() == "norm_weight"; }
+
 /// A calibration of a model's quantizers.
 class Calibration {
  public:
@@ -77,7 +79,8 @@ class Calibration {
   /// path: the quantizer's place in the model.
   void finish(QuantizerImpl& quantizer, const std::string& path, double fallback) {
     try {
-      if (quantizer.finish_observing(force_zero_, fallback)) return;
+      // The weights of a trained norm lie around 1: zero would cost them most of their range.
+      if (quantizer.finish_observing(force_zero_ && !of_norm(quantizer), fallback)) return;
       without_width_.push_back(path.empty() ? quantizer.options.name() : path);
     } catch (c10::Error& error) {
       error.add_context("calibrating " + path);
@@ -97,36 +100,40 @@ class Calibration {
   std::vector<std::string> without_width_;
 };
 
-void calibrate_weights(torch::nn::Module& model, Calibration& calibration) {
-  model.apply([&](const std::string& path, torch::nn::Module& module) {
-    auto* layer = module.as<QuantLinear>();
-    if (layer == nullptr || !layer->weight_quantizer) return;
-    auto& quantizer = *layer->weight_quantizer;
-    quantizer.start_observing();
-    quantizer.forward(layer->weight);
-    const double inputs = static_cast<double>(layer->options.in_features());
-    // The model itself has an empty path.
-    const std::string place = path.empty() ? "weight_quantizer" : path + ".weight_quantizer";
-    calibration.finish(quantizer, place, 1 / std::sqrt(std::max(inputs, 1.0)));
-  });
-}
+/// Layers by the quantizers of their weights.
+using Layers = std::unordered_map<const QuantizerImpl*, const QuantLayer*>;
 
-std::unordered_set<const QuantizerImpl*> quantizers_of_weights(torch::nn::Module& model) {
-  std::unordered_set<const QuantizerImpl*> found;
+Layers layers_of_weights(torch::nn::Module& model) {
+  Layers found;
   model.apply([&](torch::nn::Module& module) {
-    auto* layer = module.as<QuantLinear>();
-    if (layer != nullptr && layer->weight_quantizer) found.insert(layer->weight_quantizer.get());
+    const auto* layer = dynamic_cast<const QuantLayer*>(&module);
+    if (layer != nullptr && layer->weight_quantizer) {
+      found.emplace(layer->weight_quantizer.get(), layer);
+    }
   });
   return found;
 }
 
+void calibrate_weights(const Quantizers& quantizers, const Layers& layers,
+                       Calibration& calibration) {
+  for (const auto& item : quantizers) {
+    auto& quantizer = *item.value().ptr();
+    const auto found = layers.find(&quantizer);
+    if (found == layers.end()) continue;
+    quantizer.start_observing();
+    quantizer.forward(found->second->weight);
+    calibration.finish(quantizer, item.key(), found->second->typical_end());
+  }
+}
+
 void calibrate_activations(torch::nn::Module& model, const Quantizers& quantizers,
-                           const std::function<void()>& run, Calibration& calibration) {
-  const auto of_weights = quantizers_of_weights(model);
+                           const Layers& layers, const std::function<void()>& run,
+                           Calibration& calibration) {
   std::vector<std::pair<std::string, QuantizerImpl*>> observers;
   for (const auto& item : quantizers) {
     auto* quantizer = item.value().ptr().get();
-    if (!of_weights.contains(quantizer)) observers.emplace_back(item.key(), quantizer);
+    if (!layers.contains(quantizer)) observers.emplace_back(item.key(), quantizer);
+    if (of_norm(*quantizer)) quantizer->state = State::off;
   }
   for (const auto& [path, quantizer] : observers) quantizer->start_observing();
   {
@@ -134,6 +141,17 @@ void calibrate_activations(torch::nn::Module& model, const Quantizers& quantizer
     run();
   }
   for (const auto& [path, quantizer] : observers) calibration.finish(*quantizer, path, 1.0);
+  for (const auto& [quantizer, layer] : layers)
+    layer->weight_quantizer.ptr()->state = State::quantizing;
+}
+
+/// Those that there are.
+std::vector<at::Tensor> ranges_of(const torch::nn::Module& model) {
+  std::vector<at::Tensor> ranges;
+  for (const auto& item : named_quantizers(model)) {
+    for (const auto& parameter : item.value()->parameters()) ranges.push_back(parameter);
+  }
+  return ranges;
 }
 
 }  // namespace
@@ -156,8 +174,9 @@ void calibrate(torch::nn::Module& model, const std::function<void()>& run, bool 
   const auto before = save(quantizers);
   Calibration calibration(force_zero);
   try {
-    calibrate_weights(model, calibration);
-    calibrate_activations(model, quantizers, run, calibration);
+    const auto layers = layers_of_weights(model);
+    calibrate_weights(quantizers, layers, calibration);
+    calibrate_activations(model, quantizers, layers, run, calibration);
   } catch (...) {
     restore(before);
     throw;
@@ -170,16 +189,15 @@ void set_state(torch::nn::Module& model, State state) {
 }
 
 std::vector<at::Tensor> range_parameters(const torch::nn::Module& model) {
-  std::vector<at::Tensor> ranges;
-  for (const auto& item : named_quantizers(model)) {
-    for (const auto& parameter : item.value()->parameters()) ranges.push_back(parameter);
-  }
+  auto ranges = ranges_of(model);
+  TORCH_CHECK(!ranges.empty(),
+              "asymq::nn::range_parameters: the model has no quantizers with learned ranges");
   return ranges;
 }
 
 std::vector<at::Tensor> weight_parameters(const torch::nn::Module& model) {
   std::unordered_set<const c10::TensorImpl*> ranges;
-  for (const auto& range : range_parameters(model)) ranges.insert(range.unsafeGetTensorImpl());
+  for (const auto& range : ranges_of(model)) ranges.insert(range.unsafeGetTensorImpl());
   std::vector<at::Tensor> weights;
   for (const auto& parameter : model.parameters()) {
     if (!ranges.contains(parameter.unsafeGetTensorImpl())) weights.push_back(parameter);

@@ -83,7 +83,8 @@ std::vector<int64_t> range_shape(const QuantizerOptions& options) {
     return shape;
   }
   if (const auto* group = std::get_if<PerGroup>(&options.granularity())) {
-    const int64_t axis = checked_axis(options, group->axis);
+    const bool last = group->axis == PerGroup::kReduction;
+    const int64_t axis = checked_axis(options, last ? -1 : group->axis);
     std::vector<int64_t> shape = options.sizes();
     TORCH_CHECK(group->size > 0 && shape[axis] % group->size == 0, options.name(),
                 ": size of a group must be positive and divide the axis of ", shape[axis],
@@ -211,13 +212,15 @@ bool QuantizerImpl::finish_observing(bool force_zero, double fallback) {
   TORCH_CHECK(observed_low_.defined(), options.name(), ": calibration brought it no data");
   TORCH_CHECK(all_finite(observed_low_) && all_finite(observed_high_), options.name(),
               ": calibration brought it NaN or infinite values");
+  const Tensor widest = at::maximum(observed_low_.abs(), observed_high_.abs()).max();
+  if (widest.is_nonzero()) fallback = at::_local_scalar_dense(widest).toDouble();
   const auto [low, high, without_width] =
       range_of_extrema(observed_low_, observed_high_, options.bits(), options.symmetric(),
                        force_zero, fallback, options.eps(), options.full_range());
   set_range(low, high);
   observed_low_ = observed_high_ = Tensor();
   state = State::quantizing;
-  return !without_width.any().is_nonzero();
+  return !without_width.all().is_nonzero();
 }
 
 void QuantizerImpl::set_range(const Tensor& low, const Tensor& high) {
@@ -258,6 +261,30 @@ bool QuantizerImpl::calibrated() const {
     known_calibrated_ = all_finite(initial_[0].defined() ? initial_[0] : initial_[1]);
   }
   return known_calibrated_;
+}
+
+std::tuple<Tensor, std::optional<Tensor>> QuantizerImpl::scale_offset() const {
+  TORCH_CHECK(!per_token(), options.name(), ": its scale and offset are those of each token");
+  std::vector<Tensor> parameters;
+  for (const Tensor& range : ranges_) {
+    if (range.defined()) parameters.push_back(range);
+  }
+  return effective_scale_offset(options.parameterization(), parameters, options.bits(),
+                                options.symmetric(), options.sigmoid(), options.eps(),
+                                options.full_range(), options.link());
+}
+
+std::tuple<Tensor, Tensor> QuantizerImpl::bounds() const {
+  const auto [scale, offset] = scale_offset();
+  const Tensor s = scale.to(at::kDouble);
+  const std::optional<Tensor> z = offset ? std::optional(offset->to(at::kDouble)) : std::nullopt;
+  const auto end = [&](double beyond) {
+    const Tensor code = quantize(at::full_like(s, beyond), s, z, options.bits(), options.eps(),
+                                 options.full_range());
+    return dequantize(code, s, z, options.bits(), options.eps(), options.full_range());
+  };
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  return {end(-infinity), end(infinity)};
 }
 
 void QuantizerImpl::to(torch::Device device, torch::Dtype, bool non_blocking) {

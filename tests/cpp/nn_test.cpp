@@ -230,9 +230,13 @@ TEST_P(ModuleTest, FixedMinimumStays) {
 
 TEST_P(ModuleTest, UncalibratedIsAnError) {
   Net net = make_net(op_named("min_max"));
-  expect_error([&] { net->forward(x); }, {"QuantLinear(8, 16).weight_quantizer", "calibrate"});
+  expect_error(
+      [&] { net->forward(x); },
+      {"QuantLinear(in_features=8, out_features=16, bias=true).weight_quantizer", "calibrate"});
   net->fc1->weight_quantizer->state = State::off;
-  expect_error([&] { net->forward(x); }, {"QuantLinear(8, 16).output_quantizer", "calibrate"});
+  expect_error(
+      [&] { net->forward(x); },
+      {"QuantLinear(in_features=8, out_features=16, bias=true).output_quantizer", "calibrate"});
   QuantAct act(QuantActOptions().name("softmax"));
   act->to(device());
   expect_error([&] { act(x); }, {"softmax", "calibrate"});
@@ -451,7 +455,8 @@ TEST_P(ModuleTest, SaveAndLoad) {
   torch::save(net, file);
   Net other = make_net(op_named("beta_gamma"), /*bits=*/4);
   expect_error([&] { torch::load(other, file); },
-               {"QuantLinear(8, 16).weight_quantizer", "8 bits", "4 bits"});
+               {"QuantLinear(in_features=8, out_features=16, bias=true).weight_quantizer", "8 bits",
+                "4 bits"});
   torch::save(make_net(op_named("beta_gamma")), uncalibrated);
   torch::load(net, uncalibrated);
   expect_error([&] { net->forward(x); }, {"calibrate"});
@@ -551,7 +556,8 @@ TEST_P(ModuleTest, Options) {
                    all.push_back("asymq::nn::QuantAct");
                    return all;
                  }());
-    parts.push_back("asymq::nn::QuantLinear(6, 5).weight_quantizer");
+    parts.push_back(
+        "asymq::nn::QuantLinear(in_features=6, out_features=5, bias=true).weight_quantizer");
     expect_error([&] { QuantLinear layer(QuantLinearOptions(6, 5).weight(options)); }, parts);
   };
   const auto of = [](const char* name) { return QuantizerOptions().parameterization(name); };

@@ -40,7 +40,7 @@ struct SorterImpl : torch::nn::Module {
     return head(torch::relu(up(x)));
   }
 
-  torch::nn::Embedding embedding{kNumbers, kWidth}, places{kLength, kWidth};
+  QuantEmbedding embedding{kNumbers, kWidth}, places{kLength, kWidth};
   QuantLinear qkv = quantized_linear(kWidth, 3 * kWidth), out = quantized_linear(kWidth, kWidth);
   QuantLinear up = quantized_linear(kWidth, 4 * kWidth);
   QuantLinear head = quantized_linear(4 * kWidth, kNumbers);
@@ -56,11 +56,9 @@ int main() {
   Sorter model;
   const auto numbers = [] { return torch::randint(kNumbers, {128, kLength}); };
   calibrate(*model, [&] { model->forward(numbers()); });
+  torch::optim::AdamW optimizer(weight_parameters(*model), torch::optim::AdamWOptions(3e-3));
   // Ranges have a rate of their own, and no weight decay.
-  torch::optim::OptimizerParamGroup weights(weight_parameters(*model)),
-      ranges(range_parameters(*model), std::make_unique<torch::optim::AdamWOptions>(
-                                           torch::optim::AdamWOptions(1e-3).weight_decay(0)));
-  torch::optim::AdamW optimizer({weights, ranges}, torch::optim::AdamWOptions(3e-3));
+  add_range_parameters(optimizer, *model, torch::optim::AdamWOptions(1e-3));
   for (int step = 0; step <= 300; ++step) {
     const auto given = numbers(), sorted = std::get<0>(given.sort(-1));
     optimizer.zero_grad();
@@ -70,5 +68,6 @@ int main() {
     optimizer.step();
     if (step % 50 == 0) std::cout << "step " << step << "  loss " << loss.item<float>() << "\n";
   }
+  std::cout << summary(*model) << "\n";
   torch::save(model, "sorter.pt");
 }
