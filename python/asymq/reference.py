@@ -337,7 +337,7 @@ class _Blocks:
         return x.double().reshape(self.range_shape)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -352,7 +352,7 @@ def _bounds(grid: Grid, k: int, dtype: torch.dtype) -> tuple[Tensor | float, Ten
 
 def _elements(x: Tensor, grid: Grid, k: int):
     """Blocks, u = x/s, r = rint(u) half to even, and s, n, p to broadcast against them."""
-    dtype = _compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     blocks = _Blocks(x.shape, grid.scale.shape)
     scale = blocks.spread(grid.scale, dtype)
     n, p = (blocks.spread(bound, dtype) for bound in _bounds(grid, k, dtype))
@@ -379,6 +379,59 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("asymq.reference: fake_quantize has no second derivative")
 
 
+def effective_grid(name: str, k: int, eps: float, link: str, *parameters: Tensor) -> Grid:
+    """Of a parameterization, the link of whose factors is ``link``."""
+    return PARAMETERIZATIONS[name].grid(k, eps, *_applied(link, parameters))
+
+
+def quantized(name: str, k: int, eps: float, link: str, x: Tensor, *parameters: Tensor) -> Tensor:
+    """x̂ of a parameterization, in x's shape and dtype."""
+    grid = effective_grid(name, k, eps, link, *parameters)
+    blocks, _, r, scale, n, p = _elements(x, grid, k)
+    # Compare and select: NaN counts as inside, and clamp's own gradient plays no part.
+    r = torch.where(r < n, n, torch.where(r > p, p, r))
+    return blocks.join((scale * r).to(x.dtype))
+
+
+def gradients(
+    name: str,
+    k: int,
+    eps: float,
+    link: str,
+    gradient_scale: float,
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """dL/dx in x's shape and grad's dtype, then of the learned parameters in float64, in their
+    shape; None where ``needs`` says that it is not needed."""
+    parameterization = PARAMETERIZATIONS[name]
+    applied = _applied(link, parameters)
+    grid = parameterization.grid(k, eps, *applied)
+    blocks, u, r, _, n, p = _elements(x, grid, k)
+    below, above = r < n, r > p
+    outside = below | above
+    grad = blocks.split(grad)
+    result: list[Tensor | None] = [None] * len(needs)
+    if needs[0]:
+        result[0] = blocks.join(torch.where(outside, 0, grad))
+    if any(needs[1:]):
+        g = grad.to(u.dtype)
+        # Selected, not multiplied by a mask: g outside may be inf or NaN.
+        sums = Sums(
+            blocks.sum(torch.where(outside, 0, g * (r - u))),
+            blocks.sum(torch.where(below, g, 0)),
+            blocks.sum(torch.where(above, g, 0)),
+        )
+        rows = parameterization.gradients(sums, grid, k, *applied)
+        for i, (row, parameter) in enumerate(zip(rows, parameters, strict=False), start=1):
+            if needs[i]:
+                row = LINKS[link].derivative(parameter.double()) * row
+                result[i] = gradient_scale * row
+    return result
+
+
 class _FakeQuantize(torch.autograd.Function):
     """In the form that torch.func's transforms see through."""
 
@@ -386,11 +439,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, name, k, eps, link, gradient_scale, *parameters):
-        grid = PARAMETERIZATIONS[name].grid(k, eps, *_applied(link, parameters))
-        blocks, _, r, scale, n, p = _elements(x, grid, k)
-        # Compare and select: NaN counts as inside, and clamp's own gradient plays no part.
-        r = torch.where(r < n, n, torch.where(r > p, p, r))
-        return blocks.join((scale * r).to(x.dtype))
+        return quantized(name, k, eps, link, x, *parameters)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -400,41 +449,22 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
         with torch.no_grad():
-            gradients = _FakeQuantize.gradients(ctx, grad, x, *parameters)
-        if torch.compiler.is_compiling():  # what is compiled is not differentiated again
-            return gradients[0], *[None] * 5, *gradients[1:]
-        of = [None if g is None else _Once.apply(g, grad, x, *parameters) for g in gradients]
+            of: list[Tensor | None] = [
+                None if row is None else row.to(tensor.dtype)
+                for row, tensor in zip(
+                    gradients(
+                        *(ctx.name, ctx.k, ctx.eps, ctx.link, ctx.gradient_scale),
+                        *(grad, x, parameters, needs),
+                    ),
+                    (x, *parameters),
+                    strict=True,
+                )
+            ]
+        if not torch.compiler.is_compiling():  # what is compiled is not differentiated again
+            of = [None if g is None else _Once.apply(g, grad, x, *parameters) for g in of]
         return of[0], *[None] * 5, *of[1:]
-
-    @staticmethod
-    def gradients(ctx, grad, x, *parameters):
-        """Of x and the parameters, None where not needed."""
-        need_x, _, _, _, _, _, *need_parameters = ctx.needs_input_grad
-        parameterization = PARAMETERIZATIONS[ctx.name]
-        applied = _applied(ctx.link, parameters)
-        grid = parameterization.grid(ctx.k, ctx.eps, *applied)
-        blocks, u, r, _, n, p = _elements(x, grid, ctx.k)
-        below, above = r < n, r > p
-        outside = below | above
-        grad = blocks.split(grad)
-        grad_x = blocks.join(torch.where(outside, 0, grad)) if need_x else None
-
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        if any(need_parameters):
-            g = grad.to(u.dtype)
-            # Selected, not multiplied by a mask: g outside may be inf or NaN.
-            sums = Sums(
-                blocks.sum(torch.where(outside, 0, g * (r - u))),
-                blocks.sum(torch.where(below, g, 0)),
-                blocks.sum(torch.where(above, g, 0)),
-            )
-            rows = parameterization.gradients(sums, grid, ctx.k, *applied)
-            for i, (row, parameter) in enumerate(zip(rows, parameters, strict=False)):
-                if need_parameters[i]:
-                    row = LINKS[ctx.link].derivative(parameter.double()) * row
-                    gradients[i] = (ctx.gradient_scale * row).to(parameter.dtype)
-        return grad_x, *gradients
 
 
 def _fake_quantize(
@@ -473,20 +503,24 @@ def _link(sigmoid: bool, link: str) -> str:
 # ---- live ranges -------------------------------------------------------------------------------
 
 
-def _live(
-    x: Tensor,
-    factors: tuple[Tensor, ...],
-    group: int | None,
-    bits: int,
-    symmetric: bool,
-    full_range: bool,
-    eps: float,
-    link: str,
-    gradient_scale: float,
-    token: bool,
-) -> Tensor:
-    """The static quantizer on [..., groups of a row, elements of a group], whose constant ends are
-    the extrema of each group."""
+class Groups(NamedTuple):
+    """A call with live ranges as one of static ranges, a range for every group."""
+
+    name: str  # of the parameterization
+    blocks: Tensor  # [..., groups of a row, elements of a group]: x
+    ends: list[Tensor]  # [..., groups of a row, 1]: the constants
+    view: list[int]  # the factors' shape beside the ends, 1 where groups share them
+
+    def spread(self, factor: Tensor) -> Tensor:
+        """One for every group."""
+        return factor.reshape(self.view).expand(self.ends[0].shape)
+
+
+def live_groups(
+    x: Tensor, factor: Tensor, group: int | None, symmetric: bool, full_range: bool, token: bool
+) -> Groups:
+    """Constant ends that are the extrema of each group. RuntimeError: a group that does not divide
+    x's last axis, factors of a shape that does not fit the groups."""
     if x.dim() == 0 or (group is not None and (group < 1 or x.shape[-1] % group)):
         raise RuntimeError(
             f"asymq.reference: group {group} must divide the last axis of x, whose shape is "
@@ -501,7 +535,7 @@ def _live(
             low = high = blocks.new_zeros(shape)
         else:
             low, high = blocks.aminmax(dim=-1, keepdim=True)
-        low, high = low.to(factors[0].dtype), high.to(factors[0].dtype)
+        low, high = low.to(factor.dtype), high.to(factor.dtype)
         # A NaN or infinity shows in its whole group.
         finite = low.isfinite() & high.isfinite()
         low, high = (torch.where(finite, end, torch.nan) for end in (low, high))
@@ -509,7 +543,7 @@ def _live(
             low, high = low.clamp(max=0), high.clamp(min=0)
         ends = [torch.maximum(-low, high)] if symmetric else [low, high]
 
-    count = factors[0].numel()
+    count = factor.numel()
     if count == 1:
         view = [1] * len(shape)
     elif count == in_row:
@@ -518,19 +552,37 @@ def _live(
         view = list(shape)
     else:
         raise RuntimeError(
-            f"asymq.reference: factors of shape {list(factors[0].shape)} do not fit the {in_row} "
+            f"asymq.reference: factors of shape {list(factor.shape)} do not fit the {in_row} "
             f"groups of a row of x, whose shape is {list(x.shape)}"
         )
-    # Through float64, which changes no value: there the gradients of all groups are summed.
-    learned = [f.double().reshape(view).expand(shape).to(f.dtype) for f in factors]
-
     if not symmetric:
         name = "beta_gamma"
     elif token and not full_range:
         name = "token_gamma"
     else:
         name = _name("symmetric_gamma", full_range)
-    out = _fake_quantize(name, blocks, bits, eps, gradient_scale, *learned, *ends, link=link)
+    return Groups(name, blocks, ends, view)
+
+
+def _live(
+    x: Tensor,
+    factors: tuple[Tensor, ...],
+    group: int | None,
+    bits: int,
+    symmetric: bool,
+    full_range: bool,
+    eps: float,
+    link: str,
+    gradient_scale: float,
+    token: bool,
+) -> Tensor:
+    groups = live_groups(x, factors[0], group, symmetric, full_range, token)
+    # Through float64, which changes no value: there the gradients of all groups are summed.
+    learned = [groups.spread(f.double()).to(f.dtype) for f in factors]
+    tensors = *learned, *groups.ends
+    out = _fake_quantize(
+        groups.name, groups.blocks, bits, eps, gradient_scale, *tensors, link=link
+    )
     return out.reshape(x.shape)
 
 
@@ -704,7 +756,7 @@ def _grid(scale: Tensor, offset: Tensor | None, k: int, eps: float, full_range: 
     return ScaleOffset.grid(k, eps, scale, offset)
 
 
-def _code_dtype(bits: int, symmetric: bool) -> torch.dtype:
+def code_dtype(bits: int, symmetric: bool) -> torch.dtype:
     if symmetric:
         return torch.int8 if bits <= 8 else torch.int16
     return torch.uint8 if bits <= 8 else torch.int32
@@ -724,7 +776,7 @@ def quantize(
     codes = r if offset is None else r - n
     codes = torch.where(codes < low, low, torch.where(codes > high, high, codes))
     codes = torch.where(codes.isnan(), 0.0, codes)
-    return blocks.join(codes).to(_code_dtype(bits, offset is None))
+    return blocks.join(codes).to(code_dtype(bits, offset is None))
 
 
 @torch.no_grad()
@@ -782,7 +834,7 @@ def effective_scale_offset(
             f"asymq.reference: no parameterization {parameterization!r} with "
             f"symmetric={symmetric}, link={link!r} and full_range={full_range}"
         )
-    grid = PARAMETERIZATIONS[name].grid(2**bits - 1, eps, *_applied(link, parameters))
+    grid = effective_grid(name, 2**bits - 1, eps, link, *parameters)
     return grid.scale, grid.offset
 
 
