@@ -1,8 +1,9 @@
 """Quantization-aware training with learnable asymmetric ranges.
 
 The fake-quantize functions are differentiable with respect to x and to the range. Each is the
-operator ``torch.ops.asymq.<name>`` with CPU and CUDA kernels; ``asymq.reference`` holds the same
-functions in plain PyTorch.
+operator ``torch.ops.asymq.<name>``, with native CPU and CUDA kernels or, where no library fits this
+torch, of single operations of PyTorch (:func:`implementation` tells); ``asymq.reference`` holds the
+same functions in plain PyTorch.
 """
 
 import importlib
@@ -14,6 +15,7 @@ _moved.install()
 
 from asymq import integrations  # noqa: E402
 from asymq._build import VERSION as __version__  # noqa: E402
+from asymq._library import implementation  # noqa: E402
 from asymq.calibration import calibrate  # noqa: E402
 from asymq.checkpoint import load, save  # noqa: E402
 from asymq.config import QuantConfig  # noqa: E402
@@ -114,6 +116,7 @@ __all__ = [
     "fake_quantize_symmetric_scale",
     "freeze_weight_ranges",
     "freeze_weights",
+    "implementation",
     "load",
     "named_quantizers",
     "plot_ranges",

@@ -16,15 +16,16 @@ from asymq import _build, _library
 def info() -> str:
     rows = {
         "asymq": asymq.__version__,
-        "torch": f"{torch.__version__} (built for {_build.TORCH_VERSION})",
+        "operators": f"{asymq.implementation()} ({_library.why()})",
+        "torch": f"{torch.__version__} (built for {_build.TORCH_VERSION or 'any'})",
         "python": platform.python_version(),
-        "compiler": _build.COMPILER,
+        "compiler": _build.COMPILER or "none",
         "CUDA": _build.CUDA_VERSION if _build.CUDA_ARCHITECTURES else "no",
         "CUDA architectures": _build.CUDA_ARCHITECTURES.replace(";", ", ") or "none",
         "CUDA device": (
             torch.cuda.get_device_name() if torch.cuda.is_available() else "none available"
         ),
-        "library": _library.LIBRARY,
+        "library": _library.LIBRARY if _library.LIBRARY.exists() else "none",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
@@ -96,6 +97,8 @@ def main() -> None:
     elif arguments.info:
         print(info())
     elif arguments.cmake_prefix_path:
+        if not _library.LIBRARY.exists():
+            sys.exit(f"{parser.prog}: this asymq was built without its C++ library")
         print(_library.PACKAGE / "share" / "cmake")
     else:
         parser.error("needs --info, --cmake-prefix-path or export")

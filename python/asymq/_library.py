@@ -17,8 +17,8 @@ try:
 except ImportError:
     raise ImportError(f"asymq in {PACKAGE} has not been built; {_BUILD}") from None
 
-implementation = "composite"
-reason = ""  # why it is this one
+_implementation = "composite"
+_reason = ""
 
 
 def _minor(version: str) -> str:
@@ -52,8 +52,18 @@ def _install_command() -> str:
     )
 
 
+def implementation() -> str:
+    """What runs: "native, CPU and CUDA 13.0", "native, CPU" or "composite"."""
+    return _implementation
+
+
+def why() -> str:
+    """Why it is this one."""
+    return _reason
+
+
 def load() -> None:
-    global implementation, reason
+    global _implementation, _reason
     wanted = os.environ.get("ASYMQ_NATIVE", "")
     if wanted not in ("", "0", "1"):
         raise ImportError(
@@ -61,23 +71,23 @@ def load() -> None:
             f"got {wanted!r}"
         )
     if wanted == "0":
-        reason = "ASYMQ_NATIVE=0"
+        _reason = "ASYMQ_NATIVE=0"
     else:
         try:
             _load_native()
         except ImportError as error:
             if wanted == "1":
                 raise ImportError(f"{error}; {_BUILD}") from error.__cause__
-            reason = str(error)
+            _reason = str(error)
             warnings.warn(
-                f"asymq runs on composite operators, slower than native ones: {reason}; "
+                f"asymq runs on composite operators, slower than native ones: {_reason}; "
                 f"{_install_command()} (ASYMQ_NATIVE=0 silences this)",
                 stacklevel=2,
             )
         else:
             cuda = f" and CUDA {_build.CUDA_VERSION}" if _build.CUDA_ARCHITECTURES else ""
-            implementation = f"native, CPU{cuda}"
-            reason = f"{LIBRARY.name} was built for torch {_build.TORCH_VERSION}"
+            _implementation = f"native, CPU{cuda}"
+            _reason = f"{LIBRARY.name} was built for torch {_build.TORCH_VERSION}"
             return
     from asymq import composite
 

@@ -580,9 +580,7 @@ def _live(
     # Through float64, which changes no value: there the gradients of all groups are summed.
     learned = [groups.spread(f.double()).to(f.dtype) for f in factors]
     tensors = *learned, *groups.ends
-    out = _fake_quantize(
-        groups.name, groups.blocks, bits, eps, gradient_scale, *tensors, link=link
-    )
+    out = _fake_quantize(groups.name, groups.blocks, bits, eps, gradient_scale, *tensors, link=link)
     return out.reshape(x.shape)
 
 

@@ -269,7 +269,7 @@ def test_unsupported_transforms_say_so(device):
     assert_transforms_say_so(of_tokens, x, "fake_quantize_dynamic_beta_gamma")
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
-        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+        with pytest.raises(RuntimeError, match="jvp"):
             call(dual)
 
 

@@ -7,6 +7,8 @@ refusals, on every device that has float64.
 they are differentiated, ``checks`` what they refuse.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from asymq.composite import autograd, fused, public, quantize
@@ -21,13 +23,13 @@ def register() -> None:
     _library = torch.library.Library("asymq", "DEF")
     for schema in SCHEMAS:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for name, function in public.functions().items():
-        _library.impl(name, function, "CompositeImplicitAutograd")
-    for name, function in (quantize.KERNELS | fused.KERNELS).items():
-        _library.impl(name, function, "CompositeExplicitAutograd")
-    for name, function in quantize.SHAPES.items():
-        _library.impl(name, function, "Meta")
-    for name in quantize.KERNELS | fused.KERNELS:
-        function = autograd.kernel(name)
-        if function is not None:
-            _library.impl(name, function, "Autograd")
+    kernels = quantize.KERNELS | fused.KERNELS
+    of_keys: dict[str, dict[str, Callable]] = {
+        "CompositeImplicitAutograd": public.functions(),
+        "CompositeExplicitAutograd": kernels,
+        "Meta": quantize.SHAPES,
+        "Autograd": autograd.kernels(kernels),
+    }
+    for key, functions in of_keys.items():
+        for name, function in functions.items():
+            _library.impl(name, function, key)

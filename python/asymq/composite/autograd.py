@@ -3,12 +3,12 @@ the same arguments, and of which there is no second derivative."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from asymq.composite.checks import NO_QUANTIZER, require, traits_of
+from asymq.composite.checks import NO_QUANTIZER, refusal, traits_of
 
 _OPS = torch.ops.asymq
 # Their results have no gradient.
@@ -21,38 +21,39 @@ _CONSTANT = {
 
 
 class _Arguments:
-    """The arguments of a call in one row, lists of tensors opened, as autograd takes them."""
+    """Where the arguments of a call are in a row of them, lists of tensors opened, as autograd
+    takes them. It holds no tensor: the graph would keep it alive."""
 
-    def __init__(self, op: Any, values: tuple):
+    def __init__(self, op: Any, values: Sequence, row: list):
+        """row: an empty list, to which the values are added."""
         self.op = op
-        self.row: list = []
-        self.places: dict[str, int | list[int]] = {}
+        self.places: dict[str, list[int]] = {}
+        self.lists: set[str] = set()
         for argument, value in zip(op._schema.arguments, values, strict=True):
             if str(argument.type) == "List[Tensor]":
-                self.places[argument.name] = [len(self.row) + i for i in range(len(value))]
-                self.row += value
+                self.lists.add(argument.name)
             else:
-                self.places[argument.name] = len(self.row)
-                self.row.append(value)
+                value = [value]
+            self.places[argument.name] = list(range(len(row), len(row) + len(value)))
+            row += value
 
-    def named(self, row: tuple | list) -> dict[str, Any]:
+    def named(self, row: Sequence) -> dict[str, Any]:
         """The arguments by name, from a row."""
         return {
-            name: [row[i] for i in place] if isinstance(place, list) else row[place]
-            for name, place in self.places.items()
+            name: [row[i] for i in places] if name in self.lists else row[places[0]]
+            for name, places in self.places.items()
         }
 
-    def quantizers(self, row: tuple | list) -> list[tuple[int, list[int]]]:
+    def quantizers(self, row: Sequence) -> list[tuple[int, list[int]]]:
         """Parameterization and places of the range tensors of every quantizer."""
-        suffix = "parameterization"
-        whose = [name.removesuffix(suffix) for name in self.places if name.endswith(suffix)]
-        result = []
-        for prefix in whose:
-            places = self.places.get(f"{prefix}ranges")
-            if places is None:
-                slots = (self.places.get(name) for name in ("first", "second", "min", "max"))
-                places = [i for i in slots if i is not None and row[i] is not None]
-            result.append((row[self.places[f"{prefix}{suffix}"]], places))
+        suffix, result = "parameterization", []
+        for name in self.places:
+            if not name.endswith(suffix):
+                continue
+            ranges = name.removesuffix(suffix) + "ranges"
+            slots = [ranges] if ranges in self.places else ["first", "second", "min", "max"]
+            places = [i for slot in slots for i in self.places.get(slot, ())]
+            result.append((row[self.places[name][0]], [i for i in places if row[i] is not None]))
         return result
 
 
@@ -121,9 +122,8 @@ def _learned(arguments: _Arguments, row: list) -> list[int | None]:
     return places
 
 
-def _check(arguments: _Arguments) -> None:
+def _check(arguments: _Arguments, row: list) -> None:
     """RuntimeError where the operator cannot be differentiated as it is called."""
-    row = arguments.row
     name = arguments.op._schema.name.removeprefix("asymq::_")
     for number, ranges in arguments.quantizers(row):
         if number == NO_QUANTIZER:
@@ -133,39 +133,42 @@ def _check(arguments: _Arguments) -> None:
         where = f"{name}_{traits.name}" if own else f"{name}: {traits.name}"
         _check_transforms(where if own else name)
         for fixed, place in zip(traits.fixed, ranges[len(traits.learned) :], strict=False):
-            pieces = " must not require grad: it is a constant of this parameterization"
-            require(not row[place].requires_grad, where, fixed, pieces)
+            if row[place].requires_grad:
+                why = "it is a constant of this parameterization"
+                raise refusal(where, f"{fixed} must not require grad: {why}")
     _check_transforms(name)
     for constant, why in _CONSTANT.items():
-        tensor = row[arguments.places[constant]] if constant in arguments.places else None
-        fits = tensor is None or not tensor.requires_grad
-        require(fits, name, constant, " must not require grad", why)
+        tensor = row[arguments.places[constant][0]] if constant in arguments.places else None
+        if tensor is not None and tensor.requires_grad:
+            raise refusal(name, f"{constant} must not require grad{why}")
 
 
 def _check_transforms(where: str) -> None:
-    pieces = 'asymq.use_functions("reference"), call asymq.reference.fake_quantize_*, or take '
-    require(
-        not torch._C._are_functorch_transforms_active(),
-        *(where, "torch.func cannot differentiate this operator: give a model plain PyTorch by "),
-        *(pieces, "torch.autograd.grad"),
-    )
+    if torch._C._are_functorch_transforms_active():
+        raise refusal(
+            where,
+            "torch.func cannot differentiate this operator: give a model plain PyTorch by "
+            'asymq.use_functions("reference"), call asymq.reference.fake_quantize_*, or take '
+            "torch.autograd.grad",
+        )
 
 
-def kernel(name: str) -> Callable | None:
-    """What the private operator of this name does for autograd; None: nothing of its own."""
-    if name in _FALL_THROUGH:
-        return torch.library.fallthrough_kernel
-    if not name.startswith("_"):
-        return None
-    op = getattr(_OPS, name).default
+def kernels(names: Iterable[str]) -> dict[str, Callable]:
+    """What the operators of these names do for autograd."""
+    result = {name: torch.library.fallthrough_kernel for name in _FALL_THROUGH}
+    for name in names:
+        if name.startswith("_") and name not in result:
+            function = _NoDerivative if name.endswith("_backward") else _Operator
+            result[name] = _kernel(getattr(_OPS, name).default, function)
+    return result
 
-    def differentiable(*values):
-        arguments = _Arguments(op, values)
-        _check(arguments)
-        return _Operator.apply(arguments, *arguments.row)
 
-    def not_differentiable(*values):
-        arguments = _Arguments(op, values)
-        return _NoDerivative.apply(arguments, *arguments.row)
+def _kernel(op: Any, function: type[torch.autograd.Function]) -> Callable:
+    def call(*values):
+        row: list = []
+        arguments = _Arguments(op, values, row)
+        if function is _Operator:
+            _check(arguments, row)
+        return function.apply(arguments, *row)
 
-    return not_differentiable if name.endswith("_backward") else differentiable
+    return call

@@ -23,11 +23,10 @@ _DTYPES = {
     torch.bool: "Bool",
 }
 _MOST_AXES = 16
-_MOST_IN_ROW = 2**31 - 1
 
 
 class Traits(NamedTuple):
-    """Names of a parameterization and of its tensors, as in csrc/include/asymq/parameterization.h."""
+    """Names of a parameterization and of its tensors, as csrc/include/asymq/parameterization.h."""
 
     name: str
     family: str
@@ -68,18 +67,12 @@ TRAITS = (
 NO_QUANTIZER = -1
 
 
-def require(holds: bool, where: str, *message: object) -> None:
-    """RuntimeError with the message, whose pieces are put together only then."""
-    if not holds:
-        raise RuntimeError(f"asymq::{where}: {''.join(map(_said, message))}")
+def refusal(where: str, message: str) -> RuntimeError:
+    return RuntimeError(f"asymq::{where}: {message}")
 
 
-def _said(piece: object) -> str:
-    if isinstance(piece, torch.dtype):
-        return _DTYPES.get(piece, str(piece))
-    if isinstance(piece, float):
-        return f"{piece:g}"
-    return str(list(piece)) if isinstance(piece, torch.Size) else str(piece)
+def dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPES.get(dtype, str(dtype))
 
 
 def traits_of(parameterization: int) -> Traits:
@@ -103,23 +96,26 @@ def find_parameterization(op: str, family: str, symmetric: bool, full_range: boo
 
 
 def link_number(where: str, sigmoid: bool, link: str) -> int:
-    names = ("identity, sigmoid, exp, softplus or clamp",)
-    require(link in LINKS, where, "link must be ", *names, ", got ", link)
-    require(
-        not sigmoid or link in ("identity", "sigmoid"),
-        *(where, "sigmoid is a link itself: leave it out or the other one, got sigmoid and the "),
-        *("link ", link),
-    )
+    if link not in LINKS:
+        names = "identity, sigmoid, exp, softplus or clamp"
+        raise refusal(where, f"link must be {names}, got {link}")
+    if sigmoid and link not in ("identity", "sigmoid"):
+        raise refusal(
+            where,
+            "sigmoid is a link itself: leave it out or the other one, got sigmoid and the link "
+            f"{link}",
+        )
     return list(LINKS).index("sigmoid" if sigmoid else link)
 
 
 def check_bits(where: str, bits: int) -> None:
-    require(2 <= bits <= 16, where, "bits must be between 2 and 16, got ", bits)
+    if not 2 <= bits <= 16:
+        raise refusal(where, f"bits must be between 2 and 16, got {bits}")
 
 
 def check_positive(where: str, name: str, value: float) -> None:
-    positive = value > 0 and math.isfinite(value)
-    require(positive, where, name, " must be positive and finite, got ", float(value))
+    if not (value > 0 and math.isfinite(value)):
+        raise refusal(where, f"{name} must be positive and finite, got {value:g}")
 
 
 def check_kind(
@@ -128,128 +124,158 @@ def check_kind(
     check_bits(where, bits)
     check_positive(where, "eps", eps)
     check_positive(where, "gradient_scale", gradient_scale)
-    last = len(LINKS) - 1
-    require(0 <= link <= last, where, "link must be between 0 and ", last, ", got ", link)
-    require(
-        link == 0 or traits.family == "beta_gamma",
-        *(where, "link belongs to the factors of beta_gamma, got the link ", [*LINKS][link]),
-        *(" with ", traits.name),
-    )
+    if not 0 <= link < len(LINKS):
+        raise refusal(where, f"link must be between 0 and {len(LINKS) - 1}, got {link}")
+    if link != 0 and traits.family != "beta_gamma":
+        raise refusal(
+            where,
+            f"link belongs to the factors of beta_gamma, got the link {[*LINKS][link]} with "
+            f"{traits.name}",
+        )
 
 
 def check_elements(where: str, name: str, x: Tensor) -> None:
-    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    kinds = " must be float32, float64, bfloat16 or float16, got "
-    require(x.dtype in dtypes, where, name, kinds, x.dtype)
-    require(
-        x.device.type != "mps",
-        *(where, "the gradients of ranges are summed in float64, which an mps device lacks: move "),
-        *("the model and ", name, " to the CPU"),
-    )
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        got = dtype_name(x.dtype)
+        raise refusal(where, f"{name} must be float32, float64, bfloat16 or float16, got {got}")
+    if x.device.type == "mps":
+        raise refusal(
+            where,
+            "the gradients of ranges are summed in float64, which an mps device lacks: move the "
+            f"model and {name} to the CPU",
+        )
 
 
-Named = Sequence[tuple[str, Tensor]]
-
-
-def name_ranges(where: str, traits: Traits, tensors: Sequence[Tensor | None]) -> Named:
+def name_ranges(
+    where: str, traits: Traits, tensors: Sequence[Tensor | None]
+) -> list[tuple[str, Tensor]]:
     """tensors: first, second, min and max."""
+    named = []
     for name, tensor in zip(traits.slots, tensors, strict=True):
-        more = "fewer" if tensor is not None else "more"
-        fits = (tensor is not None) == (name != "")
-        require(fits, where, "takes ", more, " range tensors than it got")
-    return [(name, t) for name, t in zip(traits.slots, tensors, strict=True) if t is not None]
+        if (tensor is not None) != (name != ""):
+            number = "more" if tensor is None else "fewer"
+            raise refusal(where, f"takes {number} range tensors than it got")
+        if tensor is not None:
+            named.append((name, tensor))
+    return named
 
 
-def check_alike(where: str, ranges: Named, wide: bool) -> None:
+def check_alike(where: str, ranges: Sequence[tuple[str, Tensor]], wide: bool) -> None:
     """wide: whether float64 ranges will do."""
     first_name, first = ranges[0]
-    needed = "float32 or float64" if wide else "float32"
-    for name, range_ in ranges:
-        fits = range_.dtype == torch.float32 or (wide and range_.dtype == torch.float64)
-        require(fits, where, name, " must be ", needed, ", got ", range_.dtype)
-        for what in ("dtype", "device", "shape"):
-            preposition = " must be on " if what == "device" else " must have "
-            expected, got = getattr(first, what), getattr(range_, what)
-            pieces = f"{first_name}'s {what} ", expected, ", got ", got
-            require(got == expected, where, name, preposition, *pieces)
-
-
-def check_granularity(where: str, x: Tensor, ranges: Named) -> None:
-    name, range_ = ranges[0]
-    pieces = name, " must be on x's device ", x.device, ", got ", range_.device
-    require(range_.device == x.device, where, *pieces)
-    pieces = "x must have at most ", _MOST_AXES, " dimensions, got ", x.dim()
-    require(x.dim() <= _MOST_AXES, where, *pieces)
-    has = name, " has shape ", range_.shape
-    if range_.dim() != x.dim():
-        require(
-            range_.numel() == 1,
-            *(where, *has, ": it must have one element or as many dimensions as x, whose shape is "),
-            x.shape,
-        )
-        return
-    for axis, (size, count) in enumerate(zip(x.shape, range_.shape, strict=True)):
-        divides = count == 1 or count == size or (count != 0 and size % count == 0)
-        pieces = ", which does not divide x's shape ", x.shape, " at axis ", axis
-        require(divides, where, *has, *pieces)
+    for name, tensor in ranges:
+        got = dtype_name(tensor.dtype)
+        if tensor.dtype != torch.float32 and not (wide and tensor.dtype == torch.float64):
+            needed = "float32 or float64" if wide else "float32"
+            raise refusal(where, f"{name} must be {needed}, got {got}")
+        if tensor.dtype != first.dtype:
+            wanted = dtype_name(first.dtype)
+            raise refusal(where, f"{name} must have {first_name}'s dtype {wanted}, got {got}")
+        _check_place(where, name, tensor, f"{first_name}'s", first)
 
 
 def check_ends(where: str, min: Tensor, max: Tensor) -> None:
-    require(min.is_floating_point(), where, "min must be floating, got ", min.dtype)
-    require(
-        max.dtype == min.dtype, where, "max must have min's dtype ", min.dtype, ", got ", max.dtype
-    )
-    pieces = "max must be on min's device ", min.device, ", got ", max.device
-    require(max.device == min.device, where, *pieces)
-    pieces = "max must have min's shape ", min.shape, ", got ", max.shape
-    require(max.shape == min.shape, where, *pieces)
+    if not min.is_floating_point():
+        raise refusal(where, f"min must be floating, got {dtype_name(min.dtype)}")
+    check_twin(where, "max", max, "min's", min)
+
+
+def check_twin(where: str, name: str, tensor: Tensor, owner: str, other: Tensor) -> None:
+    """Like another in dtype, device and shape. owner: of these, such as "min's"."""
+    if tensor.dtype != other.dtype:
+        wanted, got = dtype_name(other.dtype), dtype_name(tensor.dtype)
+        raise refusal(where, f"{name} must have {owner} dtype {wanted}, got {got}")
+    _check_place(where, name, tensor, owner, other)
+
+
+def _check_place(where: str, name: str, tensor: Tensor, owner: str, other: Tensor) -> None:
+    check_device(where, name, tensor, owner, other)
+    if tensor.shape != other.shape:
+        wanted, got = list(other.shape), list(tensor.shape)
+        raise refusal(where, f"{name} must have {owner} shape {wanted}, got {got}")
+
+
+def check_device(where: str, name: str, tensor: Tensor, owner: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        wanted, got = other.device, tensor.device
+        raise refusal(where, f"{name} must be on {owner} device {wanted}, got {got}")
+
+
+def check_granularity(where: str, x: Tensor, ranges: Sequence[tuple[str, Tensor]]) -> None:
+    """Ranges that divide x."""
+    name, first = ranges[0]
+    check_device(where, name, first, "x's", x)
+    if x.dim() > _MOST_AXES:
+        raise refusal(where, f"x must have at most {_MOST_AXES} dimensions, got {x.dim()}")
+    if first.dim() != x.dim():
+        if first.numel() != 1:
+            raise refusal(
+                where,
+                f"{name} has shape {list(first.shape)}: it must have one element or as many "
+                f"dimensions as x, whose shape is {list(x.shape)}",
+            )
+        return
+    for axis, (size, count) in enumerate(zip(x.shape, first.shape, strict=True)):
+        if not (count == 1 or count == size or (count != 0 and size % count == 0)):
+            raise refusal(
+                where,
+                f"{name} has shape {list(first.shape)}, which does not divide x's shape "
+                f"{list(x.shape)} at axis {axis}",
+            )
 
 
 def check_logits(where: str, logits: Tensor) -> None:
-    pieces = "logits must have 2 dimensions, [tokens, classes], got shape ", logits.shape
-    require(logits.dim() == 2, where, *pieces)
+    shape = list(logits.shape)
+    if len(shape) != 2:
+        raise refusal(where, f"logits must have 2 dimensions, [tokens, classes], got shape {shape}")
     check_elements(where, "logits", logits)
-    classes = logits.shape[1]
-    pieces = "logits must have at least one class, got shape ", logits.shape
-    require(classes >= 1, where, *pieces)
-    pieces = "logits must have less than 2^31 classes, got ", classes
-    require(classes <= _MOST_IN_ROW, where, *pieces)
+    if shape[1] < 1:
+        raise refusal(where, f"logits must have at least one class, got shape {shape}")
 
 
 def check_labels(where: str, labels: Tensor, logits: Tensor) -> None:
-    require(labels.dtype == torch.int64, where, "labels must be int64, got ", labels.dtype)
-    rows = logits.shape[0]
-    pieces = "labels must have one element per row of the logits, shape [", rows, "], got "
-    require(labels.dim() == 1 and labels.shape[0] == rows, where, *pieces, labels.shape)
-    pieces = "labels must be on the logits' device ", logits.device, ", got ", labels.device
-    require(labels.device == logits.device, where, *pieces)
+    """What they say is not looked at."""
+    if labels.dtype != torch.int64:
+        raise refusal(where, f"labels must be int64, got {dtype_name(labels.dtype)}")
+    if labels.dim() != 1 or labels.shape[0] != logits.shape[0]:
+        raise refusal(
+            where,
+            "labels must have one element per row of the logits, shape "
+            f"[{logits.shape[0]}], got {list(labels.shape)}",
+        )
+    check_device(where, "labels", labels, "the logits'", logits)
 
 
 def check_grad(where: str, name: str, grad: Tensor, x: Tensor) -> None:
-    pieces = "the upstream gradient must have ", name, "'s shape ", x.shape, ", got ", grad.shape
-    require(grad.shape == x.shape, where, *pieces)
-    check_twin(where, "the upstream gradient", grad, name, x)
+    check_like(where, "the upstream gradient", grad, name, x)
 
 
-def check_twin(where: str, name: str, tensor: Tensor, other: str, x: Tensor) -> None:
-    """Of the dtype and on the device of x."""
-    require(
-        tensor.dtype == x.dtype and tensor.device == x.device,
-        *(where, name, " must be ", x.dtype, " on ", x.device, " like ", other, ", got "),
-        *(tensor.dtype, " on ", tensor.device),
-    )
+def check_like(where: str, name: str, tensor: Tensor, other: str, x: Tensor) -> None:
+    if tensor.shape != x.shape:
+        wanted, got = list(x.shape), list(tensor.shape)
+        raise refusal(where, f"{name} must have {other}'s shape {wanted}, got {got}")
+    check_kin(where, name, tensor, other, x)
+
+
+def check_kin(where: str, name: str, tensor: Tensor, other: str, x: Tensor) -> None:
+    """Of the dtype and on the device of another."""
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise refusal(
+            where,
+            f"{name} must be {dtype_name(x.dtype)} on {x.device} like {other}, got "
+            f"{dtype_name(tensor.dtype)} on {tensor.device}",
+        )
 
 
 def check_mask(where: str, mask: Tensor, scores: Tensor) -> None:
-    require(
-        mask.dtype == torch.bool or mask.is_floating_point(),
-        *(where, "mask must be bool (true: seen) or floating (added), got ", mask.dtype),
-    )
-    pieces = "mask must be on the scores' device ", scores.device, ", got ", mask.device
-    require(mask.device == scores.device, where, *pieces)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        got = dtype_name(mask.dtype)
+        raise refusal(where, f"mask must be bool (true: seen) or floating (added), got {got}")
+    check_device(where, "mask", mask, "the scores'", scores)
     sizes = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
-    require(
-        mask.dim() <= 4 and all(size in (1, wanted) for size, wanted in sizes),
-        *(where, "mask has shape ", mask.shape, ", which does not broadcast against the scores' "),
-        *("shape ", scores.shape),
-    )
+    if mask.dim() > 4 or not all(size in (1, wanted) for size, wanted in sizes):
+        raise refusal(
+            where,
+            f"mask has shape {list(mask.shape)}, which does not broadcast against the scores' "
+            f"shape {list(scores.shape)}",
+        )

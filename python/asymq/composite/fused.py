@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from asymq.composite import checks
-from asymq.composite.checks import require
+from asymq.composite.checks import refusal
 from asymq.composite.quantizers import Quantizer, read, read_pair
 from asymq.reference import compute_dtype
 
@@ -57,14 +57,18 @@ def _softmax_pair(
     scores: Tensor, mask: Tensor | None, causal: bool, window: int | None, arguments: Sequence
 ) -> tuple[Quantizer, Quantizer]:
     where = "quantized_softmax"
-    pieces = "scores must have 4 dimensions, [batch, heads, queries, keys], got shape "
-    require(scores.dim() == 4, where, pieces, scores.shape)
+    if scores.dim() != 4:
+        raise refusal(
+            where,
+            "scores must have 4 dimensions, [batch, heads, queries, keys], got shape "
+            f"{list(scores.shape)}",
+        )
     checks.check_elements(where, "scores", scores)
     if mask is not None:
         checks.check_mask(where, mask, scores)
-    pieces = window, "" if causal else " without causal"
-    fits = window is None or (causal and window >= 1)
-    require(fits, where, "window must be at least 1, with causal, got ", *pieces)
+    if window is not None and not (causal and window >= 1):
+        without = "" if causal else " without causal"
+        raise refusal(where, f"window must be at least 1, with causal, got {window}{without}")
     return read_pair(where, "scores", scores, ("scores' ", "probabilities' "), arguments)
 
 
@@ -212,11 +216,7 @@ def _check_kl_div(
 ) -> Quantizer:
     where = "quantized_kl_div"
     checks.check_logits(where, logits)
-    for what in ("dtype", "shape", "device"):
-        preposition = " must be on" if what == "device" else " must have"
-        wanted, got = getattr(logits, what), getattr(teacher_logits, what)
-        pieces = preposition, f" the logits' {what} ", wanted, ", got ", got
-        require(got == wanted, where, "teacher_logits", *pieces)
+    checks.check_twin(where, "teacher_logits", teacher_logits, "the logits'", logits)
     if labels is not None:
         checks.check_labels(where, labels, logits)
     checks.check_positive(where, "temperature", temperature)
@@ -275,22 +275,26 @@ def _quantized_kl_div_backward(
 def _check_rms_norm(x: Tensor, weight: Tensor, arguments: Sequence) -> Quantizer:
     where = "quantized_rms_norm"
     checks.check_elements(where, "x", x)
-    pieces = "x must have at least one dimension, the last of which is normalized, got shape []"
-    require(x.dim() > 0, where, pieces)
-    pieces = "weight must have one element for each of the last axis of x, shape [", x.shape[-1]
-    fits = weight.dim() == 1 and weight.shape[0] == x.shape[-1]
-    require(fits, where, *pieces, "], got ", weight.shape)
-    checks.check_twin(where, "weight", weight, "x", x)
-    return Quantizer(*arguments).check_any("quantized_rms_norm", "output's ", "x", x)
+    if x.dim() == 0:
+        raise refusal(
+            where,
+            "x must have at least one dimension, the last of which is normalized, got shape []",
+        )
+    if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        raise refusal(
+            where,
+            f"weight must have one element for each of the last axis of x, shape [{x.shape[-1]}], "
+            f"got {list(weight.shape)}",
+        )
+    checks.check_kin(where, "weight", weight, "x", x)
+    return Quantizer(*arguments).check_any(where, "output's ", "x", x)
 
 
 def _normalized(x: Tensor, statistics: Tensor) -> Tensor:
     return (_wide(x) * statistics).to(x.dtype)
 
 
-def _quantized_rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *arguments
-) -> tuple[Tensor, Tensor]:
+def _quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, *arguments) -> tuple[Tensor, Tensor]:
     quantizer = _check_rms_norm(x, weight, arguments)
     statistics = (_wide(x).square().mean(-1, keepdim=True) + eps).rsqrt()
     normalized = quantizer.forward(_normalized(x, statistics) * weight)
@@ -324,12 +328,10 @@ def _quantized_rms_norm_backward(
 def _check_glu(gate: Tensor, up: Tensor, activation: int, arguments: Sequence) -> list[Quantizer]:
     """Of the gate, its activation, the other operand and the product."""
     where = "quantized_glu"
-    pieces = "activation must be 0 (silu) or 1 (gelu_tanh), got ", activation
-    require(activation in (0, 1), where, *pieces)
+    if activation not in (0, 1):
+        raise refusal(where, f"activation must be 0 (silu) or 1 (gelu_tanh), got {activation}")
     checks.check_elements(where, "gate", gate)
-    pieces = "up must have gate's shape ", gate.shape, ", got ", up.shape
-    require(up.shape == gate.shape, where, *pieces)
-    checks.check_twin(where, "up", up, "gate", gate)
+    checks.check_like(where, "up", up, "gate", gate)
     owners = ("gate's ", "gate"), ("activation's ", "gate"), ("up's ", "up"), ("product's ", "gate")
     return [
         quantizer.check_any(where, whose, name, up if name == "up" else gate)

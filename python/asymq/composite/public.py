@@ -11,7 +11,13 @@ from torch import Tensor
 
 from asymq import reference
 from asymq.composite import checks
-from asymq.composite.checks import NO_QUANTIZER, find_parameterization, link_number, require
+from asymq.composite.checks import (
+    NO_QUANTIZER,
+    dtype_name,
+    find_parameterization,
+    link_number,
+    refusal,
+)
 from asymq.composite.quantizers import Quantizer
 
 _OPS = torch.ops.asymq
@@ -25,7 +31,9 @@ def _bound(name: str, values: Sequence) -> dict[str, Any]:
     return dict(zip((a.name for a in arguments), (*values, *rest), strict=True))
 
 
-def _kind(name: str, family: str, symmetric: bool, given: dict[str, Any]) -> tuple:
+def _kind(
+    name: str, family: str, symmetric: bool, given: dict[str, Any]
+) -> tuple[int, int, float, int, float]:
     number = find_parameterization(name, family, symmetric, given.get("full_range", False))
     link = link_number(name, given.get("sigmoid", False), given.get("link", "identity"))
     return number, given["bits"], given["eps"], link, given["gradient_scale"]
@@ -95,9 +103,7 @@ def _quantized_gelu(x: Tensor, *ranges) -> Tensor:
     return _OPS._quantized_gelu.default(x, *_ranges("quantized_gelu", ranges))
 
 
-def _quantized_cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, *ranges
-) -> Tensor:
+def _quantized_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, *ranges) -> Tensor:
     quantizer = _ranges("quantized_cross_entropy", ranges)
     return _OPS._quantized_cross_entropy.default(logits, labels, *quantizer, ignore_index)[0]
 
@@ -123,8 +129,8 @@ def _quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, *ranges) -> Tenso
 
 def _quantized_glu(gate: Tensor, up: Tensor, activation: str, *ranges) -> Tensor:
     names = "silu", "gelu_tanh"
-    pieces = "activation must be silu or gelu_tanh, got ", activation
-    require(activation in names, "quantized_glu", *pieces)
+    if activation not in names:
+        raise refusal("quantized_glu", f"activation must be silu or gelu_tanh, got {activation}")
     quantizers = _ranges("quantized_glu", ranges, optional=True)
     return _OPS._quantized_glu.default(gate, up, names.index(activation), *quantizers)
 
@@ -183,9 +189,10 @@ def _range_of_extrema(*values) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_positive(op, "eps", given["eps"])
     low, high = given.pop("min"), given.pop("max")
     checks.check_ends(op, low, high)
-    pieces = "min must be float32 or float64, got ", low.dtype
-    require(low.dtype in (torch.float32, torch.float64), op, *pieces)
-    require(given["symmetric"] or not given["full_range"], op, "full_range needs symmetric")
+    if low.dtype not in (torch.float32, torch.float64):
+        raise refusal(op, f"min must be float32 or float64, got {dtype_name(low.dtype)}")
+    if given["full_range"] and not given["symmetric"]:
+        raise refusal(op, "full_range needs symmetric")
     return reference.range_of_extrema(low, high, **given)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from asymq import reference
 from asymq.composite import checks
-from asymq.composite.checks import require, traits_of
+from asymq.composite.checks import dtype_name, refusal, traits_of
 from asymq.composite.quantizers import Granular, Live
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -44,8 +44,10 @@ def _check_ranges(
     ranges = [("scale", scale)] + ([] if offset is None else [("offset", offset)])
     checks.check_alike(where, ranges, wide)
     checks.check_granularity(where, x, ranges)
-    pieces = "full_range needs a symmetric grid, which has no offset, got an offset"
-    require(offset is None or not full_range, where, pieces)
+    if offset is not None and full_range:
+        raise refusal(
+            where, "full_range needs a symmetric grid, which has no offset, got an offset"
+        )
 
 
 def _check_quantize(
@@ -67,9 +69,13 @@ def _check_quantize(
 
 def _check_codes(where: str, codes: Tensor, bits: int, symmetric: bool) -> None:
     expected = reference.code_dtype(bits, symmetric)
-    pieces = "codes must be ", expected, " for ", bits, " bits "
-    offset = "without" if symmetric else "with"
-    require(codes.dtype == expected, where, *pieces, offset, " offset, got ", codes.dtype)
+    if codes.dtype != expected:
+        offset = "without" if symmetric else "with"
+        raise refusal(
+            where,
+            f"codes must be {dtype_name(expected)} for {bits} bits {offset} offset, got "
+            f"{dtype_name(codes.dtype)}",
+        )
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -113,7 +119,9 @@ def _fake_quantize_backward(grad: Tensor, x: Tensor, *rest) -> tuple[Tensor | No
     return dx, *_like_ranges(quantizer.first, rows)
 
 
-def _groups(x: Tensor, quantizer: Live) -> tuple[reference.Groups, tuple, list[Tensor]]:
+def _groups(
+    x: Tensor, quantizer: Live
+) -> tuple[reference.Groups, tuple[str, int, float, str], list[Tensor]]:
     """The groups of x, and what the functions of `asymq.reference` take of them: what comes before
     the tensors, and the parameters."""
     traits = traits_of(quantizer.parameterization)
@@ -175,10 +183,9 @@ def _check_update(
     where = "update_codes_"
     _check_quantize(where, x, scale, offset, bits, eps, full_range)
     _check_codes(where, codes, bits, offset is None)
-    pieces = "codes must have x's shape ", x.shape, ", got ", codes.shape
-    require(codes.shape == x.shape, where, *pieces)
-    pieces = "codes must be on x's device ", x.device, ", got ", codes.device
-    require(codes.device == x.device, where, *pieces)
+    if codes.shape != x.shape:
+        raise refusal(where, f"codes must have x's shape {list(x.shape)}, got {list(codes.shape)}")
+    checks.check_device(where, "codes", codes, "x's", x)
 
 
 def _update_codes_(
@@ -191,8 +198,9 @@ def _update_codes_(
     full_range: bool = False,
 ) -> Tensor:
     _check_update(codes, x, scale, offset, bits, eps, full_range)
-    keywords = {"bits": bits, "eps": eps, "full_range": full_range}
-    return reference.update_codes_(codes, x, scale, offset, **keywords)
+    return reference.update_codes_(
+        codes, x, scale, offset, bits=bits, eps=eps, full_range=full_range
+    )
 
 
 def _check_dequantize(
@@ -209,8 +217,8 @@ def _dequantize(
     codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int, eps=1e-8, full_range=False
 ) -> Tensor:
     _check_dequantize(codes, scale, offset, bits, eps, full_range)
-    keywords = {"bits": bits, "eps": eps, "full_range": full_range}
-    return _in_layout_of(codes, reference.dequantize(codes, scale, offset, **keywords))
+    values = reference.dequantize(codes, scale, offset, bits=bits, eps=eps, full_range=full_range)
+    return _in_layout_of(codes, values)
 
 
 KERNELS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asymq.composite import checks
-from asymq.composite.checks import NO_QUANTIZER, Traits, require, traits_of
+from asymq.composite.checks import NO_QUANTIZER, Traits, dtype_name, refusal, traits_of
 from asymq.reference import LINKS
 
 _OPS = torch.ops.asymq
@@ -33,7 +33,7 @@ class Granular(NamedTuple):
         """The parameters in the order of the public functions."""
         return [t for t in self[:4] if t is not None]
 
-    def check(self, where: str, x: Tensor | None = None) -> checks.Named:
+    def check(self, where: str, x: Tensor | None = None) -> list[tuple[str, Tensor]]:
         """The ranges with their names. x: what they are to quantize."""
         traits = traits_of(self.parameterization)
         checks.check_kind(where, traits, *self[5:])
@@ -43,7 +43,7 @@ class Granular(NamedTuple):
         checks.check_alike(where, ranges, wide=x is None or x.dtype == torch.float64)
         return ranges
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[str, int, float, str]:
         """What the functions of `asymq.reference` take before the tensors."""
         row = traits_of(self.parameterization).row
         return row, 2**self.bits - 1, self.eps, [*LINKS][self.link]
@@ -68,33 +68,40 @@ class Live(NamedTuple):
 
     def check(self, where: str, x: Tensor) -> None:
         traits = traits_of(self.parameterization)
-        pieces = "a live range needs factors, those of beta_gamma or symmetric_gamma"
-        require(traits.family == "beta_gamma", where, pieces)
+        if traits.family != "beta_gamma":
+            message = "a live range needs factors, those of beta_gamma or symmetric_gamma"
+            raise refusal(where, message)
         checks.check_kind(where, traits, *self[4:8])
         checks.check_elements(where, "x", x)
         self._check_group(where, x)
         two = len(traits.learned) == 2
-        pieces = "takes two factors, got one" if two else "takes one factor, got two"
-        require((self.second is not None) == two, where, pieces)
+        if (self.second is not None) != two:
+            needs = "takes two factors, got one" if two else "takes one factor, got two"
+            raise refusal(where, needs)
         named = list(zip(traits.learned, self.factors, strict=True))
         checks.check_alike(where, named, x.dtype == torch.float64)
         self._check_factors(where, traits.learned[0], x)
 
     def _check_group(self, where: str, x: Tensor) -> None:
-        pieces = "x must have at least one dimension, the last of which makes the groups, got shape"
-        require(x.dim() > 0, where, pieces, " []")
+        if x.dim() == 0:
+            raise refusal(
+                where,
+                "x must have at least one dimension, the last of which makes the groups, got shape "
+                "[]",
+            )
         if self.group is None:
             return
-        pieces = "group must be at least 1, or None for all of x's last axis, got "
-        require(self.group >= 1, where, pieces, self.group)
-        size = x.shape[-1]
-        pieces = ("group must divide x's last axis of ", size, " elements, got ", self.group)
-        require(size % self.group == 0, where, *pieces)
+        if self.group < 1:
+            needs = "at least 1, or None for all of x's last axis"
+            raise refusal(where, f"group must be {needs}, got {self.group}")
+        if x.shape[-1] % self.group != 0:
+            size = x.shape[-1]
+            raise refusal(
+                where, f"group must divide x's last axis of {size} elements, got {self.group}"
+            )
 
     def _check_factors(self, where: str, name: str, x: Tensor) -> None:
-        device = self.first.device
-        pieces = (name, " must be on x's device ", x.device, ", got ", device)
-        require(device == x.device, where, *pieces)
+        checks.check_device(where, name, self.first, "x's", x)
         count = self.first.numel()
         in_row = 1 if self.group is None else x.shape[-1] // self.group
         if count == 1 or count == in_row:
@@ -102,12 +109,19 @@ class Live(NamedTuple):
         groups = in_row
         for size in x.shape[:-1]:
             groups = groups * size
-        got = ", got shape ", self.first.shape, " for x's shape ", x.shape
+        got = f"got shape {list(self.first.shape)} for x's shape {list(x.shape)}"
         if self.token:
-            pieces = (name, " must have 1 value or one for each of the ", in_row)
-            require(False, where, *pieces, " groups of a row, which all rows share", *got)
-        pieces = (name, " must have 1 value, one for each of the ", in_row, " groups of a row or ")
-        require(count == groups, where, *pieces, "one for each of all ", groups, *got)
+            raise refusal(
+                where,
+                f"{name} must have 1 value or one for each of the {in_row} groups of a row, which "
+                f"all rows share, {got}",
+            )
+        if count != groups:
+            raise refusal(
+                where,
+                f"{name} must have 1 value, one for each of the {in_row} groups of a row or one "
+                f"for each of all {groups}, {got}",
+            )
 
 
 class Quantizer(NamedTuple):
@@ -145,8 +159,8 @@ class Quantizer(NamedTuple):
             return _OPS._fake_quantize_dynamic_backward.default(grad, x, *self._live(), needs)
         return _OPS._fake_quantize_backward.default(grad, x, *self._granular(), needs)
 
-    def _kind(self) -> tuple:
-        return self[1:6]
+    def _kind(self) -> tuple[int, int, float, int, float]:
+        return self.parameterization, self.bits, self.eps, self.link, self.gradient_scale
 
     def granular(self, op: str) -> Granular:
         traits = traits_of(self.parameterization)
@@ -155,7 +169,9 @@ class Quantizer(NamedTuple):
 
     def _granular(self) -> Granular:
         slots, tensors = traits_of(self.parameterization).slots, iter(self.ranges)
-        return Granular(*(next(tensors) if name else None for name in slots), *self._kind())
+        first, second, low, high = (next(tensors) if name else None for name in slots)
+        assert first is not None
+        return Granular(first, second, low, high, *self._kind())
 
     def _live(self) -> Live:
         first, *rest = self.ranges
@@ -166,13 +182,19 @@ class Quantizer(NamedTuple):
         argument ``name``."""
         traits = traits_of(self.parameterization)
         where = f"{op}: {whose}{traits.name}"
-        pieces = "takes one range, not one of each token, which fake_quantize_dynamic_* have"
-        require(not self.token, where, pieces)
+        if self.token:
+            raise refusal(
+                where, "takes one range, not one of each token, which fake_quantize_dynamic_* have"
+            )
         (first_name, first), *_ = self.granular(op).check(where, x)
-        pieces = first_name, " must have one element, got shape ", first.shape
-        require(first.numel() == 1, where, *pieces)
-        pieces = first_name, " must be on the device of ", name, ", ", x.device, ", got "
-        require(first.device == x.device, where, *pieces, first.device)
+        if first.numel() != 1:
+            got = list(first.shape)
+            raise refusal(where, f"{first_name} must have one element, got shape {got}")
+        if first.device != x.device:
+            raise refusal(
+                where,
+                f"{first_name} must be on the device of {name}, {x.device}, got {first.device}",
+            )
         return self
 
     def check_any(self, op: str, whose: str, name: str, x: Tensor) -> Quantizer:
@@ -189,10 +211,10 @@ class Quantizer(NamedTuple):
     def _check_count(self, op: str, traits: Traits, names: Sequence[str]) -> None:
         count = len(self.ranges)
         if count < len(names):
-            pieces = " needs the parameter ", names[count], ", got ", count, " parameters"
-            require(False, op, traits.name, *pieces)
-        pieces = " needs ", len(names), " parameters, got ", count
-        require(count == len(names), op, traits.name, *pieces)
+            needs = f"needs the parameter {names[count]}, got {count} parameters"
+            raise refusal(op, f"{traits.name} {needs}")
+        if count > len(names):
+            raise refusal(op, f"{traits.name} needs {len(names)} parameters, got {count}")
 
 
 QUANTIZER_PARTS = len(Quantizer._fields)
@@ -213,6 +235,10 @@ def read_pair(
         for quantizer, owner in zip(read(arguments), whose, strict=True)
     )
     wanted, got = before.ranges[0].dtype, after.ranges[0].dtype
-    pieces = "the ", whose[1], "range must have the dtype of the ", whose[0], wanted, ", got ", got
-    require(got == wanted, op, *pieces)
+    if got != wanted:
+        raise refusal(
+            op,
+            f"the {whose[1]}range must have the dtype of the {whose[0]}{dtype_name(wanted)}, got "
+            f"{dtype_name(got)}",
+        )
     return before, after
