@@ -31,6 +31,8 @@ from torch.nn.functional import cross_entropy
 
 from asymq.ops import quantized_cross_entropy
 
+pytestmark = pytest.mark.composite
+
 RANGE = (-5.0, 6.0)  # narrower than what comes, so that some is clipped
 
 
@@ -173,6 +175,7 @@ def test_wanted_gradients_alone(wanted, device):
     )
 
 
+@pytest.mark.native
 def test_repeatable(device):
     case = Case(shape=(100, 5001))
     logits, labels, range_ = inputs(case, device)

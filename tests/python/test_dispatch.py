@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import asymq
 
+pytestmark = pytest.mark.composite
+
 OPS = torch.ops.asymq
 
 

@@ -10,6 +10,8 @@ from samples import DYNAMIC, DynamicSample
 import asymq
 from asymq import ops, reference
 
+pytestmark = pytest.mark.composite
+
 BETA_GAMMA = asymq.fake_quantize_dynamic_beta_gamma
 GAMMA = asymq.fake_quantize_dynamic_symmetric_gamma
 

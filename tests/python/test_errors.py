@@ -7,6 +7,8 @@ import torch
 
 import asymq
 
+pytestmark = pytest.mark.composite
+
 
 def t(*shape, dtype=torch.float32, device="cpu", requires_grad=False):
     return torch.ones(shape, dtype=dtype, device=device, requires_grad=requires_grad)

@@ -33,6 +33,8 @@ from torch.nn.functional import gelu
 
 from asymq.ops import quantized_gelu
 
+pytestmark = pytest.mark.composite
+
 # Narrower than what comes, so that some is clipped.
 INPUT, OUTPUT = (-2.6, 2.2), (-0.16, 1.8)
 
@@ -149,6 +151,7 @@ def test_wanted_gradients_alone(wanted, device):
     assert_wanted_gradients_alone(lambda: quantized_gelu(x, *ranges), groups, wanted)
 
 
+@pytest.mark.native
 def test_repeatable(device):
     case = Case(shape=(200, 1001))
     x, ranges = inputs(case, device)

@@ -29,6 +29,8 @@ from torch.nn import functional as F
 
 from asymq.ops import RangeArguments, quantized_glu
 
+pytestmark = pytest.mark.composite
+
 # Narrower than what comes, so that some is clipped: of gate, activation, up and product.
 ENDS = (-2.6, 2.2), (-0.16, 1.8), (-2.4, 2.5), (-2.9, 3.3)
 SITES = ("gate", "activation", "up", "product")
@@ -213,6 +215,7 @@ def test_wanted_gradients_alone(sites, wanted, device):
     assert_wanted_gradients_alone(lambda: fused(case, gate, up, ranges), groups, wanted)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("sites", [TOKEN, PRODUCT, STORED], ids=str)
 def test_repeatable(sites, device):
     case = Case(shape=(1000, 1024), sites=sites)

@@ -10,6 +10,8 @@ from compare import spread
 import asymq
 from asymq import reference
 
+pytestmark = pytest.mark.composite
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 DYNAMIC = json.loads((GOLDEN / "dynamic_per_token.json").read_text())["cases"]
 TRAIN = json.loads((GOLDEN / "train.json").read_text())["cases"]

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from asymq.ops import RangeArguments, quantized_kl_div
 
+pytestmark = pytest.mark.composite
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "train.json").read_text())["cases"]
 RANGE = (-5.0, 6.0)  # narrower than what comes, so that some is clipped
 
@@ -180,6 +182,7 @@ def test_wanted_gradients_alone(wanted, device):
     )
 
 
+@pytest.mark.native
 def test_repeatable(device):
     case = Case(shape=(100, 5001))
     logits, teacher, labels, range_ = inputs(case, device)

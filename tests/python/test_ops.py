@@ -11,6 +11,8 @@ from samples import COVERING, LINKS, PARAMETERIZATIONS, SAMPLES, DynamicSample, 
 import asymq
 from asymq import reference
 
+pytestmark = pytest.mark.composite
+
 NAN, INF = math.nan, math.inf
 EVERY = [*SAMPLES, *COVERING]
 STATIC = [sample for sample in EVERY if not isinstance(sample, DynamicSample)]

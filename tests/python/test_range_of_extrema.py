@@ -9,6 +9,8 @@ from compare import assert_bit_equal
 from asymq import reference
 from asymq.ops import range_of_extrema
 
+pytestmark = pytest.mark.composite
+
 EXTREMA = torch.tensor(
     [
         (-1.0, 3.0),

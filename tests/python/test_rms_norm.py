@@ -31,6 +31,8 @@ from torch import Tensor
 
 from asymq.ops import quantized_rms_norm
 
+pytestmark = pytest.mark.composite
+
 EPS = 1e-5
 RANGE = (-2.1, 1.7)  # narrower than what comes, so that some is clipped
 
@@ -182,6 +184,7 @@ def test_wanted_gradients_alone(wanted, output, device):
     assert_wanted_gradients_alone(lambda: fused(x, weight, range_), groups, wanted)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("output", ["min_max", "dynamic_beta_gamma"])
 def test_repeatable(output, device):
     case = Case(shape=(2000, 1024), output=output)

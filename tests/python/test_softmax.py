@@ -32,6 +32,8 @@ from torch import Tensor
 
 from asymq.ops import quantized_softmax
 
+pytestmark = pytest.mark.composite
+
 SCORES = (-6.0, 5.0)
 PROBABILITIES = (0.0, 0.75)  # narrower than what comes out, so that some is clipped
 WINDOW = 5
@@ -319,6 +321,7 @@ def test_wanted_gradients_alone(wanted, device):
     )
 
 
+@pytest.mark.native
 def test_repeatable(device):
     case = Case(shape=(2, 4, 64, 96), mask="causal")
     scores, mask, ranges, sight = inputs(case, device)

@@ -4,7 +4,7 @@ All is computed in float32, for float64 tensors in float64, and rounded to their
 operators round.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -385,7 +385,7 @@ def _quantized_glu_backward(
     return dgate, dup, *gate_range, *activation_range, *up_range, *product_range
 
 
-KERNELS = {
+KERNELS: dict[str, Callable] = {
     "_quantized_gelu": _quantized_gelu,
     "_quantized_gelu_backward": _quantized_gelu_backward,
     "_quantized_softmax": _quantized_softmax,

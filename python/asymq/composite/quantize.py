@@ -1,6 +1,6 @@
 """The private operators that quantize and do no more, and those of codes, by `asymq.reference`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -221,7 +221,7 @@ def _dequantize(
     return _in_layout_of(codes, values)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable] = {
     "_fake_quantize": _fake_quantize,
     "_fake_quantize_backward": _fake_quantize_backward,
     "_fake_quantize_dynamic": _fake_quantize_dynamic,
@@ -298,7 +298,7 @@ def _values_shape(
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
-SHAPES = {
+SHAPES: dict[str, Callable] = {
     "_fake_quantize": _quantized_shape,
     "_fake_quantize_backward": _gradient_shapes,
     "_fake_quantize_dynamic": _live_shape,
