@@ -57,11 +57,10 @@ set(ASYMQ_TORCH_HAS_CUDA OFF)
 if(EXISTS ${ASYMQ_TORCH_ROOT}/lib/libtorch_cuda.so)
   set(ASYMQ_TORCH_HAS_CUDA ON)
   # No program refers to a symbol of libtorch_cuda, and libtorch does not pull it in: without this a
-  # C++ program would not see the GPU.
+  # C++ program would not see the GPU. A library without CUDA kernels serves torches without it.
   target_link_libraries(asymq::libtorch INTERFACE
-    -Wl,--push-state,--no-as-needed
-    ${ASYMQ_TORCH_ROOT}/lib/libtorch_cuda.so ${ASYMQ_TORCH_ROOT}/lib/libc10_cuda.so
-    -Wl,--pop-state)
+    "$<$<NOT:$<BOOL:$<TARGET_PROPERTY:ASYMQ_WITHOUT_CUDA>>>:-Wl,--push-state,--no-as-needed;\
+${ASYMQ_TORCH_ROOT}/lib/libtorch_cuda.so;${ASYMQ_TORCH_ROOT}/lib/libc10_cuda.so;-Wl,--pop-state>")
   # Its CUDA libraries come from other wheels beside torch, found through libtorch_cuda's own RPATH.
   target_link_options(asymq::libtorch INTERFACE -Wl,--allow-shlib-undefined)
 endif()
