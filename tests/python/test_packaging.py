@@ -1,4 +1,4 @@
-"""A wheel built from this checkout, installed where nothing of the checkout can be seen."""
+"""Wheels built from this checkout, native and pure, installed where nothing of it can be seen."""
 
 import importlib.util
 import os
@@ -12,13 +12,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "ASYMQ_NATIVE")
 
 pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd, **environment):
     """Without the variables that would lead back to this checkout."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    clean = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -50,11 +51,9 @@ def wheel(tmp_path_factory):
     return wheel
 
 
-@pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory):
+def environment(folder, wheel):
     """The interpreter of a fresh environment with the wheel; torch is borrowed, after it on the
     path."""
-    folder = tmp_path_factory.mktemp("installed")
     checked(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     site = Path(
@@ -67,6 +66,11 @@ def python(wheel, tmp_path_factory):
     # Only the folders: the .pth files in them, an editable asymq's among them, are not followed.
     (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     return python
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    return environment(tmp_path_factory.mktemp("installed"), wheel)
 
 
 STEP = """
@@ -138,40 +142,74 @@ def test_exported_files_hold_no_build_paths(wheel, python):
             assert folder.encode() not in path.read_bytes(), f"{path.name} names {folder}"
 
 
-def test_another_torch_is_one_clear_sentence(python, tmp_path):
-    """Instead of an undefined symbol."""
-    package = next(python.parents[1].rglob("site-packages/asymq"))
-    shutil.copytree(package, tmp_path / "asymq")
-    build = tmp_path / "asymq" / "_build.py"
-    build.write_text(build.read_text().replace(torch.__version__, "2.3.1+cu118"))
-    result = run(python, "-c", "import asymq", cwd=tmp_path)
-    assert result.returncode != 0
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("ImportError: asymq")
-    for part in ("2.3.1", torch.__version__, "pip install"):
-        assert part in message
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory):
+    """An interpreter with the pure wheel, and torch, which is not there when the wheel is made."""
+    folder = tmp_path_factory.mktemp("pure")
+    source = folder / "source"
+    for name in ("csrc/cmake", "python"):
+        ignored = shutil.ignore_patterns("_build.py", "lib", "include", "share", "__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    checked(sys.executable, "-m", "venv", folder / "builder", cwd=folder)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    borrow(folder / "builder" / "bin" / "python", "setuptools", "_distutils_hack", "wheel")
+    text = checked(folder / "builder" / "bin" / "python", "-c", build, cwd=source)
+    wheel = folder / text.splitlines()[-1]
+    assert wheel.name.endswith("-py3-none-any.whl")
+    return environment(folder, wheel)
 
 
-def test_a_missing_library_is_one_clear_sentence(python, tmp_path):
-    package = next(python.parents[1].rglob("site-packages/asymq"))
-    shutil.copytree(package, tmp_path / "asymq", ignore=shutil.ignore_patterns("*.so"))
-    result = run(python, "-c", "import asymq", cwd=tmp_path)
-    assert result.returncode != 0
-    assert "libasymq.so" in result.stderr.strip().splitlines()[-1]
+def borrow(python, *names):
+    """Some packages of this environment, and no others."""
+    site = Path(
+        checked(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=ROOT)[:-1]
+    )
+    for name in names:
+        package = Path(importlib.util.find_spec(name).origin).parent
+        shutil.rmtree(site / name, ignore_errors=True)
+        (site / name).symlink_to(package)
 
 
-def test_isolated_build_names_the_missing_flag(tmp_path):
-    """Plain `pip install .` gives the build setuptools and no torch."""
+def test_the_pure_wheel_computes_the_same(python, pure):
+    results = [
+        checked(p, "-W", "ignore", "-c", STEP, cwd=p.parents[1]).splitlines()[1]
+        for p in (python, pure)
+    ]
+    assert results[0] == results[1]
+
+
+def test_the_pure_wheel_says_what_it_is(pure):
+    result = run(pure, "-c", "import asymq; print(asymq.implementation())", cwd=pure.parent)
+    assert result.stdout == "composite\n"
+    assert "was built without its native library" in result.stderr
+    assert f"run: {pure} -m pip install" in result.stderr
+    text = checked(pure, "-W", "ignore", "-m", "asymq", "--info", cwd=pure.parent)
+    assert "(built for any)" in text and "composite (asymq" in text
+    result = run(pure, "-W", "ignore", "-m", "asymq", "--cmake-prefix-path", cwd=pure.parent)
+    assert result.returncode != 0 and "without its C++ library" in result.stderr
+    result = run(pure, "-c", "import asymq", cwd=pure.parent, ASYMQ_NATIVE="1")
+    assert "ImportError" in result.stderr.splitlines()[-1]
+
+
+def test_a_native_build_without_torch_names_the_missing_flag(tmp_path):
+    """Plain `pip install .` gives the build setuptools and no torch: with ASYMQ_NATIVE=1 that is
+    an error."""
     (tmp_path / "CMakeLists.txt").write_text((ROOT / "CMakeLists.txt").read_text())
     (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
     for name in ("setuptools", "_distutils_hack", "wheel"):
         package = Path(importlib.util.find_spec(name).origin).parent
         (tmp_path / name).symlink_to(package)
-    result = run(sys.executable, "-S", "setup.py", "--version", cwd=tmp_path)
+    command = sys.executable, "-S", "setup.py", "--version"
+    assert checked(*command, cwd=tmp_path).strip()
+    result = run(*command, cwd=tmp_path, ASYMQ_NATIVE="1")
     assert result.returncode != 0
     message = result.stderr.strip().splitlines()[-1]
     assert "--no-build-isolation" in message
     assert f"{sys.executable} has none" in message
+    result = run(*command, cwd=tmp_path, ASYMQ_NATIVE="2")
+    assert "ASYMQ_NATIVE must be 0, 1 or not set, got '2'" in result.stderr
 
 
 def test_a_build_tree_per_generator(tmp_path):
