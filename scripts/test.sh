@@ -62,6 +62,12 @@ sanitizers() {
   [[ -z $(find "$installed" -name '*.py') ]]
 }
 
+# What torch's own operations make of the operators, where no native library fits.
+composite_tests() {
+  ASYMQ_NATIVE=0 OMP_NUM_THREADS=1 python -m pytest tests/python -m "composite and not native" \
+    -k "not millions" --numprocesses "$(nproc)" --dist loadfile
+}
+
 step "Environment" create_environment
 step "Headers of the C++ tests" install_headers
 step "Build and install" install_package test
@@ -71,6 +77,7 @@ step "Types" mypy
 step "C++ tests" cpp_tests
 step "Consumer project" consumer
 step "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer" sanitizers
+step "Python tests on the composite operators" composite_tests
 # Last, so that pytest's summary is the last line.
 heading "Python tests"
 OMP_NUM_THREADS=1 exec python -m pytest tests/python --numprocesses "$(nproc)" --dist loadfile "$@"
