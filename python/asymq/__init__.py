@@ -66,6 +66,7 @@ from asymq.training import (  # noqa: E402
     freeze_weight_ranges,
     freeze_weights,
     range_parameters,
+    recommended,
     shard,
     weight_parameters,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "prepare",
     "quantize",
     "range_parameters",
+    "recommended",
     "reference",
     "save",
     "scaling_law",
