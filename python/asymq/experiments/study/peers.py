@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def run(options, protocol):
+    raise NotImplementedError
