@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from asymq.experiments.common.files import BadInput, write
 from asymq.experiments.study.setting import Cell
@@ -55,7 +56,8 @@ def read_about(out: Path) -> About | None:
 
 
 def _tree(values: dict) -> Tree:
-    grid = {key: tuple(v) if isinstance(v, list) else v for key, v in values["grid"].items()}
     if unknown := set(values["stages"]) - set(STAGES):
         raise ValueError(unknown)
-    return Tree(tuple(values["stages"]), Grid(**grid))
+    grid: dict[str, Any] = values["grid"]
+    lists = {name: tuple(value) for name, value in grid.items() if isinstance(value, list)}
+    return Tree(tuple(values["stages"]), Grid(**grid | lists))

@@ -39,30 +39,45 @@ def run_cell(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if study.protocol.tf32 else "highest")
     teacher = study.subject.load().to(device)
-    model = prepared(setting, study).to(device)
+    model = prepared(setting.config(), setting, study).to(device)
     calibrate(model, setting, study, cell.seed)
     before = measure(model, teacher, study)
-    losses, seconds = train(model, teacher, cell, study, show)
+    loss_of = loss_function(model, teacher, setting)
+    losses, seconds = train(
+        groups_of(model, setting), loss_of, setting, study, cell.seed, device, show
+    )
     after = measure(model, teacher, study)
-    result = {
+    result = result_of(before, after, losses, seconds, teacher, study, device)
+    result["collapsed"] = sum(
+        int(held.sum())
+        for _, quantizer in asymq.named_quantizers(model)
+        if (held := quantizer.collapsed()) is not None
+    )
+    write(result_path(out, cell), json.dumps(result))
+
+
+def result_of(
+    before: dict,
+    after: dict,
+    losses: list[float],
+    seconds: float,
+    teacher: nn.Module,
+    study: Study,
+    device: torch.device,
+) -> dict:
+    return {
         **{key: {"calibrated": before[key], "learned": after[key]} for key in before},
         "float_perplexity": text.perplexity(teacher, study.subject.test, study.protocol.batch),
         "seconds_per_step": round(seconds, 5),
-        "collapsed": sum(
-            int(held.sum())
-            for _, quantizer in asymq.named_quantizers(model)
-            if (held := quantizer.collapsed()) is not None
-        ),
         **provenance(device),
         "settings": study.settings,
         "loss": [finite_or_none(float(f"{loss:.5g}")) for loss in losses],
     }
-    write(result_path(out, cell), json.dumps(result))
 
 
-def prepared(setting: Setting, study: Study) -> nn.Module:
+def prepared(config: asymq.QuantConfig, setting: Setting, study: Study) -> nn.Module:
     """On the CPU, not calibrated; its weights frozen unless they are to learn."""
-    model = asymq.prepare(study.subject.load(), setting.config())
+    model = asymq.prepare(study.subject.load(), config)
     model.config.use_cache = False  # type: ignore[union-attr]
     if setting.weights == FROZEN:
         asymq.freeze_weights(model)
@@ -78,46 +93,41 @@ def calibrate(model: nn.Module, setting: Setting, study: Study, seed: int) -> No
     asymq.calibrate(model, batches, method=method, weight_method=method)
 
 
+def groups_of(model: nn.Module, setting: Setting) -> list[dict]:
+    """What the optimizer gets: the ranges, and the weights where they learn."""
+    groups = asymq.range_parameters(model, lr=float(setting.rate))
+    if setting.weights != FROZEN:
+        groups.append({"params": asymq.weight_parameters(model), "lr": float(setting.weights)})
+    return groups
+
+
 def train(
-    model: nn.Module,
-    teacher: nn.Module,
-    cell: Cell,
+    groups: list[dict],
+    loss_of: Callable[[Tensor], Tensor],
+    setting: Setting,
     study: Study,
+    seed: int,
+    device: torch.device,
     show: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[list[float], float]:
-    """Losses, up to one that is not finite, and seconds a step."""
-    setting = cell.setting
-    loss_of = loss_function(model, teacher, setting)
-    step = Stepper(model, setting)
+    """Losses, up to one that is not finite, and seconds a step. loss_of: of token ids."""
+    optimizer = (torch.optim.Adam if setting.optimizer == "adam" else torch.optim.SGD)(groups)
     losses: list[float] = []
-    device, seconds = next(model.parameters()).device, 0.0
+    warm, seconds = min(WARM, setting.steps - 1), 0.0
     for number in range(setting.steps):
-        ids = study.batch(number, cell.seed).to(device)
+        ids = study.batch(number, seed).to(device)
         began = time.perf_counter()
-        losses.append(step(loss_of(ids)))
-        if number >= min(WARM, setting.steps - 1):
+        optimizer.zero_grad()
+        loss = loss_of(ids)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if number >= warm:
             seconds += time.perf_counter() - began
         show(number + 1, losses[-1])
         if not math.isfinite(losses[-1]):
             break
-    return losses, seconds / max(1, len(losses) - min(WARM, setting.steps - 1))
-
-
-class Stepper:
-    """Backward and a step of the optimizer; the loss as a number."""
-
-    def __init__(self, model: nn.Module, setting: Setting):
-        groups = asymq.range_parameters(model, lr=float(setting.rate))
-        if setting.weights != FROZEN:
-            groups.append({"params": asymq.weight_parameters(model), "lr": float(setting.weights)})
-        kind = torch.optim.Adam if setting.optimizer == "adam" else torch.optim.SGD
-        self.optimizer = kind(groups)
-
-    def __call__(self, loss: Tensor) -> float:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
+    return losses, seconds / max(1, len(losses) - warm)
 
 
 def loss_function(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, fields, replace
 
 import asymq
+from asymq.config import KINDS, ROLES
 from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.table2.protocol import PAPERS_SETTING
 
@@ -19,9 +20,9 @@ _SEPARATOR = "__"
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe and how its ranges learn. recipe: as file names have it, or the paper's. form: a name of a parameterization and link, or LSQ.
-    rate, weights: learning rates as typed, of ranges and of weights. calibration: calibrate's method and
-    weight_method."""
+    """A recipe and how its ranges learn. recipe: as file names have it, or the paper's. form: a
+    name of a parameterization and link, or LSQ. rate, weights: learning rates as typed, of ranges
+    and of weights. calibration: calibrate's method and weight_method."""
 
     recipe: str
     form: str = "beta_gamma"
@@ -39,15 +40,7 @@ class Setting:
         config = asymq.QuantConfig.table2("beta_gamma") if recipe is None else recipe.config()
         own = {
             name: self._learned(spec)
-            for name in (
-                "weight",
-                "activation",
-                "norm_weight",
-                "input",
-                "cache",
-                "embedding",
-                "head",
-            )
+            for name in (*KINDS, *ROLES)
             if isinstance(spec := getattr(config, name), asymq.QuantSpec)
         }
         return config.replace(**own)
