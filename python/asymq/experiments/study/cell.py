@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -38,8 +39,8 @@ def run_cell(
     device, setting = processes.device, cell.setting
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if study.protocol.tf32 else "highest")
-    teacher = study.subject.load().to(device)
-    model = prepared(setting.config(), setting, study).to(device)
+    teacher = study.float_model(device)
+    model = prepared(teacher, setting.config(), setting)
     calibrate(model, setting, study, cell.seed)
     before = measure(model, teacher, study)
     loss_of = loss_function(model, teacher, setting)
@@ -75,10 +76,9 @@ def result_of(
     }
 
 
-def prepared(config: asymq.QuantConfig, setting: Setting, study: Study) -> nn.Module:
-    """On the CPU, not calibrated; its weights frozen unless they are to learn."""
-    model = asymq.prepare(study.subject.load(), config)
-    model.config.use_cache = False  # type: ignore[union-attr]
+def prepared(float_model: nn.Module, config: asymq.QuantConfig, setting: Setting) -> nn.Module:
+    """A copy with quantizers, not calibrated; its weights frozen unless they are to learn."""
+    model = asymq.prepare(copy.deepcopy(float_model), config)
     if setting.weights == FROZEN:
         asymq.freeze_weights(model)
     return model

@@ -7,6 +7,7 @@ what learns; the loss is the model's own, which they have in common, asymq's dis
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -157,14 +158,14 @@ def _linear(model: nn.Module) -> list[str]:
 def run_row(row: Row, study: Study, out: Path, device: torch.device) -> None:
     setting = Setting(row.recipe, "beta_gamma", "adam", row.loss, row.rate, row.steps)
     setting = setting.replace(weights=row.weights)
-    teacher = study.subject.load().to(device)
+    teacher = study.float_model(device)
     if row.library == "asymq":
         config = setting.config().replace(embedding=None, head=None)
-        model = cells.prepared(config, setting, study).to(device)
+        model = cells.prepared(teacher, config, setting)
         cells.calibrate(model, setting, study, 0)
         groups = cells.groups_of(model, setting)
     else:
-        model = study.subject.load().to(device)
+        model = copy.deepcopy(teacher)
 
         @torch.no_grad()
         def see() -> None:
@@ -288,7 +289,7 @@ def report(out: Path, missing: dict[str, str]) -> None:
             f"one seed; float perplexity {one['float_perplexity']:.2f}; torch "
             f"{one['versions']['torch']}, {one['machine']}. Weights 4 bits, symmetric, in groups; "
             "embeddings and head float. AIMET's inputs have one range for all tokens, the others' "
-            "one of each; torchao's ranges are those of the live weights where weights alone learn.",
+            "one of each; where weights alone learn, torchao takes the live weights' ranges.",
         ]
     table = "\n".join(lines) + "\n"
     write(out / "peers.md", table)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from asymq.experiments.common import text
 from asymq.experiments.common.command import check_options, integer, option
@@ -52,8 +54,20 @@ class Study:
         """What every result depends on beside its cell."""
         return asdict(self.protocol) | self.subject.settings
 
+    def float_model(self, device: torch.device) -> nn.Module:
+        """Read once in a process: it stays as it is."""
+        return _read(self.subject.name, device)
+
     def batch(self, step: int, seed: int) -> Tensor:
         return text.batch_of(self.subject.train, step, self.protocol.batch, seed)
+
+
+@lru_cache(maxsize=1)
+def _read(name: str, device: torch.device) -> nn.Module:
+    nothing = torch.empty(0)
+    model = Subject(name, nothing, nothing, {}).load().to(device)
+    model.config.use_cache = False  # type: ignore[union-attr]
+    return model
 
 
 def open_study(
