@@ -22,8 +22,8 @@ RULES = f"""\
   seed 0. The KL divergence is that of held-out windows of the training text.
 - Candidates whose KL at seed 0 is within {CLOSE:.0%} of the best one's get further seeds, as does
   that one; the best is then that of the least mean.
-- Of these a candidate ties with the best one where the 95 % interval of their difference, seed by
-  seed (Student's t), holds zero, or where there is but one seed. A question is decided where none
+- A candidate ties with the best one where the 95 % interval of their difference, seed by seed
+  (Student's t), holds zero, and with one seed where it is near. A question is decided where none
   ties.
 - What goes on to the next question is the best candidate; where it ties with others, the default
   among them, of steps the fewest. Of the forms, beta/gamma and its links alone go on, which recipes
@@ -45,12 +45,13 @@ class Grid:
 
 # Half decades from the rate that beta/gamma has: what θ', s and z are to a factor of about 1 (a
 # sigmoid at 4 passes 1/55 of a step on), and for SGD, whose steps are the gradients, a wide net.
+# Where all of them diverge the first stands.
 _SHIFTS = {
-    "beta_gamma": (-1, 0, 1),
+    "beta_gamma": (0, -1, 1),
     "beta_gamma_sigmoid": (2, 3, 4),
-    "beta_gamma_exp": (-1, 0, 1),
-    "beta_gamma_softplus": (-1, 0, 1),
-    "beta_gamma_clamp": (-1, 0, 1),
+    "beta_gamma_exp": (0, -1, 1),
+    "beta_gamma_softplus": (0, -1, 1),
+    "beta_gamma_clamp": (0, -1, 1),
     "min_max": (-4, -2, 0),
     "scale_offset": (-6, -4, -2),
     f"{LSQ} adam": (-6, -4, -2),
@@ -76,7 +77,7 @@ def _around(base: Setting, shifts: tuple[int, ...], **changes) -> list[Setting]:
 
 
 def _losses(base: Setting, grid: Grid) -> Candidates:
-    return {loss: _around(base, (-1, 0, 1), loss=loss) for loss in LOSSES}
+    return {loss: _around(base, (0, -1, 1), loss=loss) for loss in LOSSES}
 
 
 def _forms(base: Setting, grid: Grid) -> Candidates:
@@ -95,7 +96,7 @@ def _calibrations(base: Setting, grid: Grid) -> Candidates:
 def _steps(base: Setting, grid: Grid) -> Candidates:
     def shifts(steps: int) -> tuple[int, ...]:
         """The fewer the steps, the larger they may be."""
-        return (0, 1) if steps < base.steps else (-1, 0) if steps > base.steps else (0,)
+        return (0, 1) if steps < base.steps else (0, -1) if steps > base.steps else (0,)
 
     return {str(n): _around(base, shifts(n), steps=n) for n in sorted(grid.steps)}
 
@@ -163,10 +164,10 @@ def _paired(entry: Entry, best: Entry) -> list[float]:
     return [own[seed] - other[seed] for seed in own if seed in other]
 
 
-def _ties(entry: Entry, best: Entry) -> bool:
+def _ties(entry: Entry, best: Entry, near: bool) -> bool:
     differences = _paired(entry, best)
     if not entry.finite or len(differences) < 2:
-        return entry.finite
+        return entry.finite and near
     mean, half = interval(differences)
     return half is not None and mean <= half
 
@@ -187,7 +188,9 @@ def close(entries: dict[str, Entry]) -> list[str]:
 def answer(stage: Stage, entries: dict[str, Entry]) -> Outcome:
     near = close(entries)
     best = min(near or entries, key=lambda label: entries[label].kl)
-    tied = tuple(label for label in near if _ties(entries[label], entries[best]))
+    tied = tuple(
+        label for label, e in entries.items() if near and _ties(e, entries[best], label in near)
+    )
     preferred = stage.default or next(iter(tied), best)
     chosen = preferred if preferred in (tied or entries) else best
     return Outcome(stage, entries, best, tied, chosen)
