@@ -39,7 +39,7 @@ def report(out: Path) -> None:
 
 def plan(about: About, found: dict[Cell, dict]) -> str:
     """Every question with its cells, as far as the results lead, and the rules."""
-    settings = ", ".join(f"{k} {v}" for k, v in about.settings.items() if isinstance(v, int))
+    settings = ", ".join(f"{k} {v}" for k, v in about.settings.items() if type(v) is int)
     lines = [f"# Plan: {about.model}", "", f"All cells: {settings}.", "", RULES]
     for recipe, at in about.walks(found).items():
         tree = about.recipes[recipe]
