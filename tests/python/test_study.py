@@ -381,6 +381,8 @@ def test_peers_that_are_not_installed_are_rows(world, tmp_path, monkeypatch, cap
     main(arguments(world, "peers", tmp_path, *ONE_RATE))
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "peers").iterdir()}
     capsys.readouterr()
+    other = arguments(world, "peers", tmp_path, *ONE_RATE, "--batch", 3)
+    assert "was made with batch 2, not 3" in refused(other, capsys)
     other = arguments(world, "peers", tmp_path, "--recipes", "w8a8")
     assert "--recipes: peers are compared with w4a16, w4a8" in refused(other, capsys)
 

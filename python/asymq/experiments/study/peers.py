@@ -29,6 +29,7 @@ from asymq.experiments.common.spread import Progress, need_devices
 from asymq.experiments.study import cell as cells
 from asymq.experiments.study.setting import FROZEN, Setting
 from asymq.experiments.study.subject import Protocol, Study, open_study
+from asymq.experiments.table2.results import need_same_settings
 
 RECIPES = ("w4a16", "w4a8")
 AIMET = "ASYMQ_AIMET_PYTHON"
@@ -146,6 +147,28 @@ PEERS = {
 }
 
 
+def result_path(out: Path, row: Row) -> Path:
+    return out / "peers" / f"{row.name}.json"
+
+
+def _read(path: Path) -> dict:
+    """BadInput: it is damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        Row(**result["row"])
+        return result
+    except (OSError, ValueError, TypeError, KeyError):
+        raise BadInput(f"{path}: is not a result; delete it and it is run again") from None
+
+
+def _is_done(path: Path, study: Study) -> bool:
+    """BadInput: with other settings."""
+    if not path.exists():
+        return False
+    need_same_settings(path, _read(path)["settings"], study.settings)
+    return True
+
+
 # ---- one row -----------------------------------------------------------------------------------
 
 
@@ -182,7 +205,7 @@ def run_row(row: Row, study: Study, out: Path, device: torch.device) -> None:
     result = cells.result_of(before, after, losses, seconds, teacher, study, device)
     package = PEERS[row.library].package if row.library in PEERS else "asymq"
     result["versions"] |= {package: version(package) if row.library in PEERS else asymq.__version__}
-    write(out / "peers" / f"{row.name}.json", json.dumps(result | {"row": asdict(row)}))
+    write(result_path(out, row), json.dumps(result | {"row": asdict(row)}))
 
 
 def _groups(model: nn.Module, ranges: Iterable[nn.Parameter], row: Row) -> list[dict]:
@@ -231,7 +254,7 @@ def run(options, protocol: Protocol) -> None:
     rows = rows_of(recipes, grid.rates, grid.weight_rates, grid.base_steps)
     missing: dict[str, str] = {}
     for row in rows:
-        if row.library in missing or (options.out / "peers" / f"{row.name}.json").exists():
+        if row.library in missing or _is_done(result_path(options.out, row), study):
             continue
         peer = PEERS.get(row.library)
         python = os.environ.get(peer.python) if peer and peer.python else None
@@ -261,7 +284,7 @@ def _texts(options) -> dict:
 
 def report(out: Path, missing: dict[str, str]) -> None:
     """Writes and prints peers.md."""
-    found = [json.loads(path.read_text()) for path in sorted((out / "peers").glob("*.json"))]
+    found = [_read(path) for path in sorted((out / "peers").glob("*__*.json"))]
     lines = [
         "| library | recipe | learns | loss | rate of ranges | of weights | perplexity "
         "calibrated | perplexity | KL calibrated | KL | ms a step |",

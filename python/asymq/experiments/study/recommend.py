@@ -53,7 +53,11 @@ def _fields(at: Walk, source: str) -> list[tuple[str, object, str]]:
     rate = next((outcomes[n] for n in ("steps", "form", "loss", "rate") if n in outcomes), None)
     if rate is not None:
         setting = rate.entries[rate.chosen].setting if rate.stage.name == "steps" else at.last
-        made.append(("ranges", float(setting.rate), _evidence(source, outcomes.get("rate", rate))))
+        asked = outcomes.get("rate", rate)
+        # A later question may have found that its winner wants another rate.
+        decided = asked if asked.entries[asked.chosen].setting.rate == setting.rate else rate
+        evidence = f"{_evidence(source, decided)}, at {setting.rate}"
+        made.append(("ranges", float(setting.rate), evidence))
     if "steps" in outcomes:
         made.append(("steps", int(outcomes["steps"].chosen), _evidence(source, outcomes["steps"])))
     if "joint" in outcomes:
