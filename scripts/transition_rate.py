@@ -15,17 +15,17 @@ from asymq.experiments.common.command import (
     add_options,
     bit_width,
     integer,
+    number,
     options_of,
 )
+from asymq.experiments.common.intervals import MOST_SEEDS
 from asymq.experiments.transition_rate.protocol import (
     FACTORS,
     METHODS,
     OPTIMIZERS,
     Protocol,
-    number,
     share,
 )
-from asymq.experiments.transition_rate.table import MOST_SEEDS
 
 
 def factor(text):

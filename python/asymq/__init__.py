@@ -68,6 +68,7 @@ from asymq.training import (  # noqa: E402
     freeze_weight_ranges,
     freeze_weights,
     range_parameters,
+    recommended,
     shard,
     weight_parameters,
 )
@@ -123,6 +124,7 @@ __all__ = [
     "prepare",
     "quantize",
     "range_parameters",
+    "recommended",
     "reference",
     "save",
     "scaling_law",

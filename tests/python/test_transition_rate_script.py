@@ -19,8 +19,9 @@ from pictures import assert_picture
 
 import asymq
 from asymq.experiments.common import files, quickstart
+from asymq.experiments.common.command import number
 from asymq.experiments.transition_rate import cell, plots, results, run, table, tasks
-from asymq.experiments.transition_rate.protocol import Protocol, number
+from asymq.experiments.transition_rate.protocol import Protocol
 from asymq.training.codes import coded_weights
 
 pytest.importorskip("sklearn")

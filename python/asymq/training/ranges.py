@@ -11,25 +11,34 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from asymq.quantizers import named_quantizers
+from asymq.training.recommendations import rate_of_ranges
 
 
 def _ranges(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, q in named_quantizers(model) for p in q.parameters(recurse=False)]
 
 
-def range_parameters(model: nn.Module, lr: float | None = None) -> list[dict]:
+def range_parameters(model: nn.Module, lr: float | str | None = None) -> list[dict]:
     """The learned ranges of a model as a list of optimizer parameter groups, without weight decay,
     which would shrink the ranges; those of specs with learn=False are left out. lr: their learning
-    rate, None: the optimizer's own.
+    rate, None: the optimizer's own, "recommended": that of `recommended` for the recipe whose
+    quantizers the model has, of Adam.
 
-    ValueError: the model has none.
+    ValueError: the model has none, or is to get a recommended rate and has no recipe's quantizers.
     """
+    if isinstance(lr, str) and lr != "recommended":
+        raise ValueError(
+            "asymq.range_parameters: lr must be a number, None (the optimizer's own) or "
+            f'"recommended", got {lr!r}'
+        )
     parameters = [
         p for _, q in named_quantizers(model) if q.spec.learn for p in q.parameters(recurse=False)
     ]
     if not parameters:
         raise ValueError("asymq.range_parameters: the model has no quantizers with learned ranges")
     group = {"params": parameters, "weight_decay": 0.0}
+    if lr == "recommended":
+        lr = rate_of_ranges(model)
     return [group if lr is None else {**group, "lr": lr}]
 
 

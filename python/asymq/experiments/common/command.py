@@ -56,6 +56,12 @@ def learning_rate(text: str) -> str:
     return text
 
 
+def number(text: str) -> str:
+    """A positive number as results are named after it: all spellings of one are the same."""
+    digits, _, exponent = f"{positive(text):e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def distinct_rates(rates: list[str]) -> list[str]:
     """Learning rates as typed, equal ones once."""
     return list({float(rate): rate for rate in rates}.values())

@@ -45,12 +45,6 @@ class Defaults:
     activation_bits: int | None  # None: those of the weights
 
 
-def number(text: str) -> str:
-    """A positive number as results are named after it: all spellings of one are the same."""
-    digits, _, exponent = f"{positive(text):e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
 def share(text: str) -> float:
     value = positive(text)
     if value >= 1:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 
 from asymq.experiments.common.files import as_csv, write
+from asymq.experiments.common.intervals import interval
 from asymq.experiments.transition_rate.protocol import METHODS, PLAIN
 from asymq.experiments.transition_rate.results import Entry, best_plain, groups, read_results
 
-# Of Student's t with 1, 2, ... degrees of freedom, 97.5 %.
-T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-MOST_SEEDS = len(T) + 1
 _CSV = ("task", "setting", "optimizer", "method", "value", "seed", "score", "first_score")
 
 
@@ -88,15 +81,6 @@ def paired(entry: Entry, other: Entry) -> list[float]:
         for seed, score in entry.scores.items()
         if score is not None and (base := other.scores.get(seed)) is not None
     ]
-
-
-def interval(differences: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % interval; None: a single one has none."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, None
-    spread = statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, T[len(differences) - 2] * spread
 
 
 def _interval(differences: list[float]) -> str:
