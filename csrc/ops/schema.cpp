@@ -118,9 +118,9 @@ TORCH_LIBRARY(asymq, m) {
       "bool causal, int? window, " +
       quantizer_schema("scores_") + ", " + quantizer_schema("probabilities_") +
       ", bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  const std::string attention =
-      "Tensor? mask, bool causal, int? window, float scaling, " + quantizer_schema("scores_") +
-      ", " + quantizer_schema("probabilities_");
+  const std::string attention = "Tensor? mask, bool causal, int? window, float scaling, " +
+                                quantizer_schema("scores_") + ", " +
+                                quantizer_schema("probabilities_");
   define("_quantized_attention(Tensor query, Tensor key, Tensor value, " + attention +
          ") -> (Tensor context, Tensor statistics)");
   define(
