@@ -182,6 +182,7 @@ class Quantizer(nn.Module):
             force_zero,
             widest or self.typical_end,
             self.spec.eps,
+            self.spec.full_range,
         )
         self.set_range(low, high)
         return not bool(without_width.all())
