@@ -30,12 +30,14 @@ def torch_root():
     if wanted not in ("", "0", "1"):
         sys.exit(f"ASYMQ_NATIVE must be 0, 1 or not set, got {wanted!r}")
     spec = None if wanted == "0" else importlib.util.find_spec("torch")
-    if spec is None and wanted == "1":
+    # A folder of this name that is no package has no origin.
+    origin = spec and spec.origin
+    if origin is None and wanted == "1":
         sys.exit(
             f"asymq is built against the torch you have, and {sys.executable} has none: install "
             f"torch there, then run {sys.executable} -m pip install --no-build-isolation ."
         )
-    return spec and Path(spec.origin).parent
+    return origin and Path(origin).parent
 
 
 def first_match(pattern, path):

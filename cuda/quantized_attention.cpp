@@ -1,5 +1,7 @@
 #include "ops/quantized_attention.h"
 
+#include <limits>
+
 #include "common.h"
 #include "kernels/quantized_attention.h"
 #include "ops/quantized_softmax.h"
@@ -26,9 +28,17 @@ bool allows_tf32() {
 bool has_kernel(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   const auto dtype = query.scalar_type();
   if (dtype == at::kDouble || (dtype == at::kFloat && !allows_tf32())) return false;
-  return at::cuda::getCurrentDeviceProperties()->major >= 8 && query.size(3) == value.size(3) &&
-         has_attention_kernel(query.size(3), query.element_size()) && query.numel() > 0 &&
-         key.size(2) > 0 && query.size(2) <= std::numeric_limits<int>::max();
+  if (query.size(3) != value.size(3) || query.numel() == 0 || key.size(2) == 0) return false;
+  // Tokens are counted, and blocks launched, in int.
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - 2 * kAttentionRows;
+  const int64_t tokens = query.size(2) + key.size(2);
+  const int64_t heads = query.size(0) * query.size(1);
+  if (tokens > kMost || ceil_div(tokens, kAttentionRows) * heads > kMost) return false;
+  bool result = false;
+  dispatch_tensor_core_types(query, [&](auto element) {
+    result = has_attention_kernel<decltype(element)>(query.size(3));
+  });
+  return result;
 }
 
 /// The tensor itself where kernels can read its rows, or a dense copy.
@@ -134,6 +144,7 @@ AttentionGradientTensors quantized_attention_backward(
   const DeviceQuantizer before(pair.before, needs[3], needs[4]);
   const DeviceQuantizer after(pair.after, needs[5], needs[6]);
   const at::Tensor upstream = readable(grad), context = readable(out);
+  const at::Tensor of_rows = statistics.contiguous();
   const at::Tensor dquery = empty_heads_if(needs[0], query);
   const at::Tensor dkey = empty_heads_if(needs[1], key), dvalue = empty_heads_if(needs[2], value);
   const at::Tensor dots = at::empty({query.numel() / query.size(3)}, statistics.options());
@@ -145,7 +156,7 @@ AttentionGradientTensors quantized_attention_backward(
         workspace_if(sums, 6 * pointers.blocks(query.size(2), query.size(1)), query);
     launch_attention_backward<S>(
         pointers,
-        {input_heads<S>(upstream), input_heads<S>(context), input<float>(statistics),
+        {input_heads<S>(upstream), input_heads<S>(context), input<float>(of_rows),
          output<float>(dots), output<double>(workspace), output_heads<S>(dquery),
          output_heads<S>(dkey), output_heads<S>(dvalue)},
         overlaps(), at::cuda::getCurrentCUDAStream());

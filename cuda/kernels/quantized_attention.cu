@@ -45,9 +45,16 @@ __device__ __forceinline__ ApproximateGrids make_grids(const AttentionOperands<S
   return {approximate(grids.before), approximate(grids.after)};
 }
 
-/// e^(score - largest).
-__device__ __forceinline__ float exponential(float score, float largest) {
-  return exp2_approximately((score - largest) * 1.44269504f);
+constexpr float kLog2E = 1.44269504f;
+
+/// e^(score - largest). largest2: kLog2E · largest, rounded.
+__device__ __forceinline__ float exponential(float score, float largest2) {
+  return exp2_approximately(fma(score, kLog2E, -largest2));
+}
+
+/// What makes exponentials that were taken with another largest score such of this one.
+__device__ __forceinline__ float rescaling(float before, float largest2) {
+  return exp2_approximately(kLog2E * before - largest2);
 }
 
 /// Of the tokens that a block goes over: as many as keep two pairs of tiles below 72 KiB.
@@ -128,7 +135,8 @@ struct Sight {
   __device__ int queries() const { return static_cast<int>(shape.queries); }
   /// Keys that causality leaves to a query.
   __device__ int end(int query) const { return query + keys() - queries() + 1; }
-  __device__ int window() const { return static_cast<int>(mask.window); }
+  /// One of all keys and more hides none. 0: there is none.
+  __device__ int window() const { return static_cast<int>(min(mask.window, shape.keys)); }
 
   /// Keys that some of the queries `first` to last see, by causality and window.
   __device__ Span keys_of(int first, int last) const {
@@ -199,8 +207,9 @@ struct Elements {
   }
   __device__ bool sees(int tile, int element) const { return seen >> (4 * tile + element) & 1; }
 
-  /// Whether no element of the warp is seen.
+  /// Whether no element of the warp is seen, or all are.
   __device__ bool none() const { return __all_sync(~0u, seen == 0); }
+  __device__ bool all() const { return __all_sync(~0u, seen == ~0u); }
 };
 
 /// What the softmax takes for a score that is seen.
@@ -217,10 +226,11 @@ __device__ __forceinline__ float masked_score(const Sight& sight,
 
 /// The softmax of one row.
 struct Row {
-  float largest, inverse_sum;
+  float largest2;  ///< kLog2E times the largest score
+  float inverse_sum;
 
   __device__ float probability(float masked) const {
-    return exponential(masked, largest) * inverse_sum;
+    return exponential(masked, largest2) * inverse_sum;
   }
 };
 
@@ -228,7 +238,7 @@ struct Row {
 __device__ __forceinline__ Row make_row(const float* statistics, int64_t index) {
   const auto both = load_vector<2>(statistics + 2 * index);
   if (both.values[0] == -INFINITY) return {0.0f, 0.0f};
-  return {both.values[0], 1.0f / both.values[1]};
+  return {kLog2E * both.values[0], 1.0f / both.values[1]};
 }
 
 __device__ __forceinline__ float sum_quad(float value) {
@@ -313,7 +323,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         score = masked_score(sight, elements, i, j, score * op.scaling, grids.scores);
       }
     }
-    if (elements.seen == ~0u) return;
+    if (elements.all()) return;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -339,8 +349,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
         found = detail::larger(found, scores[i].values[2 * half]);
         found = detail::larger(found, scores[i].values[2 * half + 1]);
       }
-      const float subtracted = found == -INFINITY ? 0.0f : found;
-      float sum = sums[half] * exponential(largest[half], subtracted);
+      const float subtracted = found == -INFINITY ? 0.0f : kLog2E * found;
+      float sum = sums[half] * rescaling(largest[half], subtracted);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         sum += exponential(scores[i].values[2 * half], subtracted);
@@ -355,8 +365,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int half = 0; half < 2; ++half) {
     float of_row = detail::larger(largest[half], __shfl_xor_sync(~0u, largest[half], 1));
     of_row = detail::larger(of_row, __shfl_xor_sync(~0u, of_row, 2));
-    const float subtracted = of_row == -INFINITY ? 0.0f : of_row;
-    const float sum = sum_quad(sums[half] * exponential(largest[half], subtracted));
+    const float subtracted = of_row == -INFINITY ? 0.0f : kLog2E * of_row;
+    const float sum = sum_quad(sums[half] * rescaling(largest[half], subtracted));
     softmax[half] = {subtracted, 1.0f / sum};
     const int query = first_row + threadIdx.x % kWarp / 4 + 8 * half;
     if (threadIdx.x % 4 == 0 && query < sight.queries()) {
@@ -458,7 +468,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int of_warp = threadIdx.x % kWarp / 4 + 8 * half;
     const int query = min(first_row + of_warp, sight.queries() - 1);
     softmax[half] = make_row(gradients.statistics, first_index + query);
-    near[half] = nearby[first_of_warp + of_warp];
+    // Without any key, not even an infinite gradient may show.
+    near[half] = softmax[half].inverse_sum == 0 ? 0.0f : nearby[first_of_warp + of_warp];
   }
 
   // Σ of p·(g - c) and of p, each where the score lets a gradient through.
@@ -498,9 +509,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
             hidden ? 0.0f : grads[i].values[j], probability, grids.probabilities);
         add(of_tile.after, of_probability);
         dot[half] = fma(of_probability.x, probability, dot[half]);
-        const auto of_score = fake_quantize_element_backward(
-            detail::softmax_gradient(probability, of_probability.x, near[half]), score,
-            grids.scores);
+        const float grad_score =
+            detail::softmax_gradient(probability, of_probability.x, near[half]);
+        const auto of_score =
+            fake_quantize_element_backward(hidden ? 0.0f : grad_score, score, grids.scores);
         add(of_tile.before, of_score);
         const auto by = fake_quantize_element_backward(probability, score, grids.scores);
         add(sums_by_difference[half], by);
@@ -537,12 +549,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
     store_rows(gradients.dquery, place, first_row, shape.queries, op.width, op.scaling, dquery);
   }
-  __syncthreads();
   store_block_sums<kAttentionThreads>(ranges, sums);
 }
 
 template <class S, int kWidth>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, kWidth <= 64 ? 3 : 2)
     attention_backward_keys(AttentionOperands<S> op, AttentionGradients<S> gradients) {
   constexpr int kTokens = kBackwardTokens;
   constexpr int kElements = kTileElements<S, kWidth, kTokens>;
@@ -666,16 +677,49 @@ void select_width(int width, const Launch& launch) {
   launch(std::integral_constant<int, 128>{});
 }
 
+/// Whether this device can run a kernel with so much dynamic shared memory: its code is for tensor
+/// cores, and there is so much.
+template <auto* kernel>
+bool runs(int bytes) {
+  static const cudaFuncAttributes attributes = [] {
+    cudaFuncAttributes result{};
+    if (cudaFuncGetAttributes(&result, kernel) != cudaSuccess) result.ptxVersion = 0;
+    return result;
+  }();
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return attributes.ptxVersion >= 80 &&
+         static_cast<int>(attributes.sharedSizeBytes) + bytes <= most;
+}
+
+template <class S, int kWidth>
+constexpr int kForwardBytes = shared_bytes<S, kWidth, kTileTokens<S, kWidth>>(1);
+template <class S, int kWidth>
+constexpr int kBackwardBytes = shared_bytes<S, kWidth, kBackwardTokens>(2);
+
 }  // namespace
+
+template <class S>
+bool has_attention_kernel(int64_t width) {
+  if (width <= 0 || width > 128 || width * sizeof(S) % 16 != 0) return false;
+  bool result = false;
+  select_width(static_cast<int>(width), [&](auto most) {
+    constexpr int kWidth = decltype(most)::value;
+    result = runs<attention_forward<S, kWidth>>(kForwardBytes<S, kWidth>) &&
+             runs<attention_backward_queries<S, kWidth>>(kBackwardBytes<S, kWidth>) &&
+             runs<attention_backward_keys<S, kWidth>>(kBackwardBytes<S, kWidth>);
+  });
+  return result;
+}
 
 template <class S>
 void launch_attention_forward(const AttentionOperands<S>& operands, const Heads<S>& out,
                               float* statistics, cudaStream_t stream) {
   const int64_t blocks = operands.blocks(operands.shape.queries, operands.shape.heads);
   select_width(operands.width, [&](auto width) {
-    launch<attention_forward<S, width()>>(blocks,
-                                          shared_bytes<S, width(), kTileTokens<S, width()>>(1),
-                                          stream, operands, out, statistics);
+    launch<attention_forward<S, width()>>(blocks, kForwardBytes<S, width()>, stream, operands, out,
+                                          statistics);
   });
 }
 
@@ -687,7 +731,7 @@ void launch_attention_backward(const AttentionOperands<S>& operands,
   const auto ranges = make_range_gradients<float>(
       operands.scores_quantizer, operands.probabilities_quantizer, gradients.workspace, blocks);
   select_width(operands.width, [&](auto width) {
-    constexpr int kBytes = shared_bytes<S, width(), kBackwardTokens>(2);
+    constexpr int kBytes = kBackwardBytes<S, width()>;
     launch<attention_backward_queries<S, width()>>(blocks, kBytes, stream, operands, gradients,
                                                    ranges);
     launch_finish(ranges, overlaps, stream);
@@ -699,6 +743,7 @@ void launch_attention_backward(const AttentionOperands<S>& operands,
 }
 
 #define ASYMQ_INSTANTIATE(S)                                                                   \
+  template bool has_attention_kernel<S>(int64_t);                                              \
   template void launch_attention_forward(const AttentionOperands<S>&, const Heads<S>&, float*, \
                                          cudaStream_t);                                        \
   template void launch_attention_backward(const AttentionOperands<S>&,                         \

@@ -39,10 +39,9 @@ struct AttentionOperands {
   }
 };
 
-/// Whether there are kernels for heads of this many elements of `element_size` bytes.
-constexpr bool has_attention_kernel(int64_t width, int64_t element_size) {
-  return width > 0 && width <= 128 && width * element_size % 16 == 0;
-}
+/// Whether the current device has kernels for heads of this width, both ways.
+template <class S>
+bool has_attention_kernel(int64_t width);
 
 /// statistics [rows, 2]: of each row the largest masked score and the sum of exponentials.
 template <class S>

@@ -75,6 +75,10 @@ CASES = [
         for dtype in (torch.float32, torch.bfloat16)
         for window, q, k in ((1, 66, 66), (30, 70, 200), (None, 33, 100), (None, 9, 4))
     ),
+    *(
+        Case(dtype=torch.bfloat16, mask="causal", window=window, queries=70, keys=70)
+        for window in (71, 2**31 - 1, 2**40)
+    ),
     *(Case(scores=name, probabilities=name, mask="causal") for name in PARAMETERIZATIONS),
     *(Case(layout=name, dtype=torch.bfloat16) for name in ("dense", "sliced", "offset")),
     # What no kernel takes.
@@ -236,6 +240,15 @@ def test_query_without_keys(device):
     dquery, *others = torch.autograd.grad(out.square().sum(), call.leaves)
     assert (dquery[0, :, 3] == 0).all()
     assert all(g.isfinite().all() for g in others)
+
+
+def test_infinite_gradient_of_a_query_without_keys(device):
+    call = make(Case(mask="bool", dtype=torch.bfloat16), device)
+    out = call()
+    grad = torch.ones_like(out)
+    grad[0, :, 3] = torch.inf
+    leaves = [call.heads[0], *call.learned(call.ranges)]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, grad))
 
 
 def test_nan_stays_in_its_row(device):

@@ -97,6 +97,9 @@ def fused_results(dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
     learned, flat_ranges = ranges("min_max", "beta_gamma")
     out = ops.quantized_softmax(x, mask, True, *flat_ranges, 4)
     add("softmax", [x, *learned], out)
+    sight = mask[..., :5], True, 0.25
+    out = ops.quantized_attention(x, up[:, :1], x[:, :1] + up[:, :1], *sight, *flat_ranges)
+    add("attention", [x, up, *learned], out)
     learned, flat_ranges = ranges("scale_offset", "symmetric_gamma_softplus")
     add("gelu", [x, *learned], ops.quantized_gelu(x, *flat_ranges))
     rows = x.flatten()[:80].reshape(5, 16).detach().requires_grad_()

@@ -442,6 +442,19 @@ def test_masked_probabilities_are_zero():
             assert (attention[row, :, sees] >= 0.25 - 1e-6).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attentions_are_returned(family, device):
+    """Also where a kernel would keep them out of memory, for the first call and the next."""
+    model = prepared(FAMILIES[family]().to(device, torch.bfloat16), "min_max")
+    ids = tokens().to(device)
+    with torch.no_grad():
+        logits(model, ids)
+        for _ in range(2):
+            attentions = model(input_ids=ids, output_attentions=True).attentions
+            assert len(attentions) == 2
+            assert all(a.shape[-2:] == (ids.shape[1], ids.shape[1]) for a in attentions)
+
+
 # In float64 no rounding error of a sum reaches a tie of the quantizers: results are equal.
 
 

@@ -177,11 +177,9 @@ def _check_attention(
             )
         checks.check_elements(where, name, heads)
         if (heads.dtype, heads.device) != (query.dtype, query.device):
-            raise refusal(
-                where,
-                f"{name} must have the query's dtype and device, {query.dtype} on {query.device}, "
-                f"got {heads.dtype} on {heads.device}",
-            )
+            wanted, got = (f"{checks.dtype_name(t.dtype)} on {t.device}" for t in (query, heads))
+            message = f"{name} must have the query's dtype and device, {wanted}, got {got}"
+            raise refusal(where, message)
     if (key.shape[0], key.shape[3]) != (query.shape[0], query.shape[3]):
         raise refusal(
             where,

@@ -214,9 +214,11 @@ def _attention(
 
 
 def _shows(module: nn.Module, options: Mapping[str, Any]) -> bool:
-    """Whether the model returns the probabilities."""
-    config = module.model_config if isinstance(module, QuantAttention) else module.config
-    return bool(options.get("output_attentions", getattr(config, "output_attentions", False)))
+    """Whether somebody may want the probabilities: the model returns them, or a hook sees them, as
+    transformers' own of output_attentions."""
+    config = getattr(module, "model_config", getattr(module, "config", None))
+    wanted = options.get("output_attentions", getattr(config, "output_attentions", False))
+    return bool(wanted or module._forward_hooks)
 
 
 def _matmul(x: Tensor, of_keys: Tensor) -> Tensor:

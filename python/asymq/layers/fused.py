@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymq import ops
+from asymq import _library, ops
 from asymq.layers.activation import gating_function
 from asymq.quantizers import Quantizer, apply, is_unobserved
 
@@ -98,9 +98,21 @@ def _has_attention_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[-1] == value.shape[-1] <= 128
         and query.shape[-1] * query.element_size() % 16 == 0
         and dtype == key.dtype == value.dtype != torch.float64
-        and (dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest")
         and (not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") == dtype)
+        and _has_tensor_cores(query.device)
+        and (dtype != torch.float32 or _allows_tf32())
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(device: torch.device) -> bool:
+    native = "CUDA" in _library.implementation()
+    return native and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def softmax(
