@@ -1,7 +1,6 @@
 // Every golden vector, in float32 and float64, on every device.
 #include <fstream>
 #include <map>
-#include <nlohmann/json.hpp>
 
 #include "support.h"
 
@@ -33,16 +32,6 @@ const std::vector<GoldenFile>& golden_files() {
       {"sym_gamma_sigmoid", "symmetric_gamma_sigmoid", {"gamma", "theta_max"}},
   };
   return files;
-}
-
-// A number, a list, or a list of lists of equal length.
-Tensor tensor_of(const json& value) {
-  if (value.is_number()) return at::full({}, value.get<double>(), at::kDouble);
-  if (value.empty() || !value[0].is_array())
-    return at::tensor(value.get<std::vector<double>>(), at::kDouble);
-  Tensors rows;
-  for (const json& row : value) rows.push_back(tensor_of(row));
-  return at::stack(rows);
 }
 
 class GoldenTest

@@ -384,6 +384,15 @@ void expect_matches_oracle(const Op& op, const Tensor& x, const Tensors& paramet
   }
 }
 
+Tensor tensor_of(const nlohmann::json& value) {
+  if (value.is_number()) return at::full({}, value.get<double>(), at::kDouble);
+  if (value.empty() || !value[0].is_array())
+    return at::tensor(value.get<std::vector<double>>(), at::kDouble);
+  Tensors rows;
+  for (const nlohmann::json& row : value) rows.push_back(tensor_of(row));
+  return at::stack(rows);
+}
+
 void expect_error(const std::function<void()>& body, const std::vector<std::string>& parts) {
   try {
     body();

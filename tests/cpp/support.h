@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -105,6 +106,9 @@ testing::AssertionResult close(const Tensor& got, const Tensor& want, const Tens
 // of their terms. On CUDA, values and dx are also those of the CPU bit for bit.
 void expect_matches_oracle(const Op& op, const Tensor& x, const Tensors& parameters,
                            const Tensor& upstream, int64_t bits, double eps = kEps);
+
+// Of a number, a list, or a list of lists of equal length.
+Tensor tensor_of(const nlohmann::json& value);
 
 // Expects an exception whose message contains every one of `parts`.
 void expect_error(const std::function<void()>& body, const std::vector<std::string>& parts);

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <fstream>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <numbers>
 
 #include "support.h"
@@ -64,15 +63,6 @@ TEST_P(TransitionTest, CodesOfAnotherKindAreRefused) {
         asymq::update_codes_(codes[0].expand({2, 3}), x, scale, std::nullopt, 4);
       },
       {"single memory location"});
-}
-
-// A number, a list, or a list of lists of equal length.
-Tensor tensor_of(const json& value) {
-  if (value.empty() || !value[0].is_array())
-    return at::tensor(value.get<std::vector<double>>(), at::kDouble);
-  Tensors rows;
-  for (const json& row : value) rows.push_back(tensor_of(row));
-  return at::stack(rows);
 }
 
 // An optimizer of one group for every weight, and the rates of its groups.
