@@ -5,16 +5,12 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "ops/fake_quantize.h"
+#include "composite/quantizer.h"
 
 namespace asymq {
 namespace {
 
 /// The logits in the type that is computed in.
-at::Tensor widen(const at::Tensor& logits) {
-  return logits.to(compute_dtype(logits.scalar_type()));
-}
-
 void check_labels(const at::Tensor& labels, int64_t ignore_index, const at::Tensor& logits) {
   if (!labels.device().is_cpu()) return;
   const int64_t classes = logits.size(1);

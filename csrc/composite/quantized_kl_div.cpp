@@ -5,16 +5,12 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "ops/fake_quantize.h"
+#include "composite/quantizer.h"
 
 namespace asymq {
 namespace {
 
 /// Logits in the type that is computed in.
-at::Tensor widen(const at::Tensor& logits) {
-  return logits.to(compute_dtype(logits.scalar_type()));
-}
-
 /// log softmax of rows, and what it takes: the largest element and the logarithm of the sum of
 /// exponentials, [rows, 1] each.
 struct LogSoftmax {

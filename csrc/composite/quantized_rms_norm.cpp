@@ -10,8 +10,6 @@
 namespace asymq {
 namespace {
 
-at::Tensor widen(const at::Tensor& x) { return x.to(compute_dtype(x.scalar_type())); }
-
 /// x / sqrt(mean square + eps), rounded to x's dtype.
 at::Tensor normalize(const at::Tensor& x, const at::Tensor& statistics) {
   return (widen(x) * statistics).to(x.scalar_type());

@@ -13,6 +13,9 @@
 
 namespace asymq {
 
+/// x in the type that its elements compute in.
+inline at::Tensor widen(const at::Tensor& x) { return x.to(compute_dtype(x.scalar_type())); }
+
 inline LiveQuantizer live(const CheckedQuantizer& quantizer) {
   return {quantizer.ranges.first, quantizer.ranges.second, quantizer.group,
           arguments_of(quantizer.kind), /*token=*/true};

@@ -8,7 +8,7 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "effective_scale_offset";
+constexpr const char* kScaleOffset = "effective_scale_offset";
 
 std::vector<at::Tensor> as_list(std::string_view parameterization, at::TensorList parameters,
                                 int64_t bits, bool symmetric, bool sigmoid, double eps,
@@ -23,7 +23,7 @@ std::vector<at::Tensor> as_list(std::string_view parameterization, at::TensorLis
 
 QuantizerKind check_effective_scale_offset(const GranularQuantizer& quantizer) {
   const Traits& traits = traits_of(quantizer.kind.parameterization);
-  const Where where{kOp, ": ", traits.name};
+  const Where where{kScaleOffset, ": ", traits.name};
   const QuantizerKind kind = checked_kind(where, quantizer.kind);
   check_alike(where, name_ranges(where, traits, quantizer.ranges), /*wide=*/true);
   return kind;
@@ -32,10 +32,10 @@ QuantizerKind check_effective_scale_offset(const GranularQuantizer& quantizer) {
 std::tuple<at::Tensor, OptionalTensor> effective_scale_offset(
     std::string_view parameterization, at::TensorList parameters, int64_t bits, bool symmetric,
     bool sigmoid, double eps, bool full_range, std::string_view link) {
-  const int64_t id = find_parameterization(kOp, parameterization, symmetric, full_range);
-  const ListedRanges ranges(kOp, traits_of(id), parameters);
+  const int64_t id = find_parameterization(kScaleOffset, parameterization, symmetric, full_range);
+  const ListedRanges ranges(kScaleOffset, traits_of(id), parameters);
   const auto [scale, offset] = effective_scale_offset_op(
-      {ranges.tensors(), {id, bits, eps, link_number(Where{kOp}, sigmoid, link)}});
+      {ranges.tensors(), {id, bits, eps, link_number(Where{kScaleOffset}, sigmoid, link)}});
   return {scale, symmetric ? OptionalTensor() : OptionalTensor(offset)};
 }
 

@@ -9,7 +9,7 @@
 namespace asymq {
 namespace {
 
-Where where(const Traits& traits) { return {"fake_quantize_dynamic_", traits.name}; }
+Where where_dynamic(const Traits& traits) { return {"fake_quantize_dynamic_", traits.name}; }
 
 bool has_second(const LiveQuantizer& quantizer) {
   return quantizer.second.has_value() && quantizer.second->defined();
@@ -70,7 +70,7 @@ at::Tensor fake_quantize_live(const at::Tensor& x, const at::Tensor& first,
 }  // namespace
 
 QuantizerKind check_fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quantizer) {
-  return check_live(where(traits_of(quantizer.kind.parameterization)), x, quantizer);
+  return check_live(where_dynamic(traits_of(quantizer.kind.parameterization)), x, quantizer);
 }
 
 QuantizerKind check_live(const Where& at, const at::Tensor& x, const LiveQuantizer& quantizer) {
@@ -96,7 +96,7 @@ QuantizerKind check_live(const Where& at, const at::Tensor& x, const LiveQuantiz
 QuantizerKind check_fake_quantize_dynamic_backward(const at::Tensor& grad, const at::Tensor& x,
                                                    const LiveQuantizer& quantizer) {
   const QuantizerKind kind = check_fake_quantize_dynamic(x, quantizer);
-  check_grad(where(traits_of(quantizer.kind.parameterization)), "x", grad, x);
+  check_grad(where_dynamic(traits_of(quantizer.kind.parameterization)), "x", grad, x);
   return kind;
 }
 

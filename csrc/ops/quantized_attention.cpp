@@ -10,10 +10,10 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "quantized_attention";
+constexpr const char* kAttention = "quantized_attention";
 
 void check_heads(const char* name, const at::Tensor& heads, const at::Tensor& query) {
-  constexpr Where where{kOp};
+  constexpr Where where{kAttention};
   TORCH_CHECK(heads.dim() == 4, where, ": ", name,
               " must have 4 dimensions, [batch, heads, tokens, width], got shape ",
               heads.sym_sizes());
@@ -24,7 +24,7 @@ void check_heads(const char* name, const at::Tensor& heads, const at::Tensor& qu
 }
 
 void check_shapes(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  constexpr Where where{kOp};
+  constexpr Where where{kAttention};
   check_heads("query", query, query);
   check_heads("key", key, query);
   check_heads("value", value, query);
@@ -51,8 +51,8 @@ QuantizerPair check_quantized_attention(const at::Tensor& query, const at::Tenso
   check_shapes(query, key, value);
   const c10::SymInt scores[] = {query.sym_size(0), query.sym_size(1), query.sym_size(2),
                                 key.sym_size(2)};
-  check_sight(kOp, scores, query.device(), mask, causal, window);
-  return check_quantizers(kOp, "query", query, "scores' ", of_scores, "probabilities' ",
+  check_sight(kAttention, scores, query.device(), mask, causal, window);
+  return check_quantizers(kAttention, "query", query, "scores' ", of_scores, "probabilities' ",
                           of_probabilities);
 }
 
@@ -62,7 +62,7 @@ QuantizerPair check_quantized_attention_backward(const at::Tensor& grad, const a
                                                  bool causal, std::optional<int64_t> window,
                                                  const QuantizerArguments& of_scores,
                                                  const QuantizerArguments& of_probabilities) {
-  check_grad({kOp}, "the result", grad, out);
+  check_grad({kAttention}, "the result", grad, out);
   return check_quantized_attention(query, key, value, mask, causal, window, of_scores,
                                    of_probabilities);
 }
@@ -73,8 +73,8 @@ at::Tensor quantized_attention(const at::Tensor& query, const at::Tensor& key,
                                const RangeArguments& probabilities_range,
                                std::optional<int64_t> window) {
   return std::get<0>(quantized_attention_op(query, key, value, mask, causal, window, scaling,
-                                            by_position(kOp, scores_range),
-                                            by_position(kOp, probabilities_range)));
+                                            by_position(kAttention, scores_range),
+                                            by_position(kAttention, probabilities_range)));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

@@ -8,10 +8,10 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "quantized_cross_entropy";
+constexpr const char* kCrossEntropy = "quantized_cross_entropy";
 
-at::Tensor in_schema_order(const at::Tensor& logits, const at::Tensor& labels, int64_t ignore_index,
-                           const RangeArguments& range) {
+at::Tensor cross_entropy_in_schema_order(const at::Tensor& logits, const at::Tensor& labels,
+                                         int64_t ignore_index, const RangeArguments& range) {
   return quantized_cross_entropy(logits, labels, range, ignore_index);
 }
 
@@ -19,10 +19,10 @@ at::Tensor in_schema_order(const at::Tensor& logits, const at::Tensor& labels, i
 
 CheckedQuantizer check_quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
                                                const QuantizerArguments& quantizer) {
-  constexpr Where where{kOp};
+  constexpr Where where{kCrossEntropy};
   check_logits(where, logits);
   check_labels(where, labels, logits);
-  return check_quantizer(kOp, "", "logits", logits, quantizer);
+  return check_quantizer(kCrossEntropy, "", "logits", logits, quantizer);
 }
 
 CheckedQuantizer check_quantized_cross_entropy_backward(const at::Tensor& grad,
@@ -30,18 +30,18 @@ CheckedQuantizer check_quantized_cross_entropy_backward(const at::Tensor& grad,
                                                         const at::Tensor& labels,
                                                         const at::Tensor& statistics,
                                                         const QuantizerArguments& quantizer) {
-  check_grad({kOp}, "losses", grad, statistics.select(1, 0));
+  check_grad({kCrossEntropy}, "losses", grad, statistics.select(1, 0));
   return check_quantized_cross_entropy(logits, labels, quantizer);
 }
 
 at::Tensor quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
                                    const RangeArguments& range, int64_t ignore_index) {
   return std::get<0>(
-      quantized_cross_entropy_op(logits, labels, by_position(kOp, range), ignore_index));
+      quantized_cross_entropy_op(logits, labels, by_position(kCrossEntropy, range), ignore_index));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
-  m.impl("quantized_cross_entropy", flat<in_schema_order>);
+  m.impl("quantized_cross_entropy", flat<cross_entropy_in_schema_order>);
 }
 
 }  // namespace asymq

@@ -8,26 +8,26 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "quantized_gelu";
+constexpr const char* kGelu = "quantized_gelu";
 
 }  // namespace
 
 QuantizerPair check_quantized_gelu(const at::Tensor& x, const QuantizerArguments& input,
                                    const QuantizerArguments& output) {
-  check_elements({kOp}, "x", x);
-  return check_quantizers(kOp, "x", x, "input's ", input, "output's ", output);
+  check_elements({kGelu}, "x", x);
+  return check_quantizers(kGelu, "x", x, "input's ", input, "output's ", output);
 }
 
 QuantizerPair check_quantized_gelu_backward(const at::Tensor& grad, const at::Tensor& x,
                                             const QuantizerArguments& input,
                                             const QuantizerArguments& output) {
-  check_grad({kOp}, "x", grad, x);
+  check_grad({kGelu}, "x", grad, x);
   return check_quantized_gelu(x, input, output);
 }
 
 at::Tensor quantized_gelu(const at::Tensor& x, const RangeArguments& input_range,
                           const RangeArguments& output_range) {
-  return quantized_gelu_op(x, by_position(kOp, input_range), by_position(kOp, output_range));
+  return quantized_gelu_op(x, by_position(kGelu, input_range), by_position(kGelu, output_range));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

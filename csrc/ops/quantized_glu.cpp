@@ -8,19 +8,19 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "quantized_glu";
+constexpr const char* kGlu = "quantized_glu";
 
-at::Tensor in_schema_order(const at::Tensor& gate, const at::Tensor& up,
-                           std::string_view activation,
-                           const std::optional<RangeArguments>& of_gate,
-                           const std::optional<RangeArguments>& of_activation,
-                           const std::optional<RangeArguments>& of_up,
-                           const std::optional<RangeArguments>& of_product) {
+at::Tensor glu_in_schema_order(const at::Tensor& gate, const at::Tensor& up,
+                               std::string_view activation,
+                               const std::optional<RangeArguments>& of_gate,
+                               const std::optional<RangeArguments>& of_activation,
+                               const std::optional<RangeArguments>& of_up,
+                               const std::optional<RangeArguments>& of_product) {
   return quantized_glu(gate, up, of_product, activation, of_gate, of_activation, of_up);
 }
 
 int64_t activation_by_name(std::string_view name) {
-  TORCH_CHECK(name == "silu" || name == "gelu_tanh", "asymq::", kOp,
+  TORCH_CHECK(name == "silu" || name == "gelu_tanh", "asymq::", kGlu,
               ": activation must be silu or gelu_tanh, got ", name);
   return static_cast<int64_t>(name == "silu" ? GluActivation::kSilu : GluActivation::kGeluTanh);
 }
@@ -29,7 +29,7 @@ int64_t activation_by_name(std::string_view name) {
 
 GluQuantizers check_quantized_glu(const at::Tensor& gate, const at::Tensor& up, int64_t activation,
                                   const GluArguments& of) {
-  constexpr Where where{kOp};
+  constexpr Where where{kGlu};
   TORCH_CHECK(activation == static_cast<int64_t>(GluActivation::kSilu) ||
                   activation == static_cast<int64_t>(GluActivation::kGeluTanh),
               where, ": activation must be 0 (silu) or 1 (gelu_tanh), got ", activation);
@@ -39,16 +39,16 @@ GluQuantizers check_quantized_glu(const at::Tensor& gate, const at::Tensor& up, 
   TORCH_CHECK(up.scalar_type() == gate.scalar_type() && up.device() == gate.device(), where,
               ": up must be ", gate.scalar_type(), " on ", gate.device(), " like gate, got ",
               up.scalar_type(), " on ", up.device());
-  return {check_any_quantizer(kOp, "gate's ", "gate", gate, of.gate),
-          check_any_quantizer(kOp, "activation's ", "gate", gate, of.activation),
-          check_any_quantizer(kOp, "up's ", "up", up, of.up),
-          check_any_quantizer(kOp, "product's ", "gate", gate, of.product)};
+  return {check_any_quantizer(kGlu, "gate's ", "gate", gate, of.gate),
+          check_any_quantizer(kGlu, "activation's ", "gate", gate, of.activation),
+          check_any_quantizer(kGlu, "up's ", "up", up, of.up),
+          check_any_quantizer(kGlu, "product's ", "gate", gate, of.product)};
 }
 
 GluQuantizers check_quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gate,
                                            const at::Tensor& up, int64_t activation,
                                            const GluArguments& of) {
-  check_grad({kOp}, "gate", grad, gate);
+  check_grad({kGlu}, "gate", grad, gate);
   return check_quantized_glu(gate, up, activation, of);
 }
 
@@ -59,12 +59,12 @@ at::Tensor quantized_glu(const at::Tensor& gate, const at::Tensor& up,
                          const std::optional<RangeArguments>& activation_range,
                          const std::optional<RangeArguments>& up_range) {
   return quantized_glu_op(gate, up, activation_by_name(activation),
-                          {by_position(kOp, gate_range), by_position(kOp, activation_range),
-                           by_position(kOp, up_range), by_position(kOp, product_range)});
+                          {by_position(kGlu, gate_range), by_position(kGlu, activation_range),
+                           by_position(kGlu, up_range), by_position(kGlu, product_range)});
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
-  m.impl("quantized_glu", flat<in_schema_order>);
+  m.impl("quantized_glu", flat<glu_in_schema_order>);
 }
 
 }  // namespace asymq

@@ -8,11 +8,11 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "quantized_kl_div";
+constexpr const char* kKlDiv = "quantized_kl_div";
 
-at::Tensor in_schema_order(const at::Tensor& logits, const at::Tensor& teacher_logits,
-                           const OptionalTensor& labels, double temperature, int64_t ignore_index,
-                           const RangeArguments& range) {
+at::Tensor kl_div_in_schema_order(const at::Tensor& logits, const at::Tensor& teacher_logits,
+                                  const OptionalTensor& labels, double temperature,
+                                  int64_t ignore_index, const RangeArguments& range) {
   return quantized_kl_div(logits, teacher_logits, range, labels, temperature, ignore_index);
 }
 
@@ -21,7 +21,7 @@ at::Tensor in_schema_order(const at::Tensor& logits, const at::Tensor& teacher_l
 CheckedQuantizer check_quantized_kl_div(const at::Tensor& logits, const at::Tensor& teacher_logits,
                                         const OptionalTensor& labels,
                                         const QuantizerArguments& quantizer, double temperature) {
-  constexpr Where where{kOp};
+  constexpr Where where{kKlDiv};
   check_logits(where, logits);
   TORCH_CHECK(teacher_logits.scalar_type() == logits.scalar_type(), where,
               ": teacher_logits must have the logits' dtype ", logits.scalar_type(), ", got ",
@@ -34,7 +34,7 @@ CheckedQuantizer check_quantized_kl_div(const at::Tensor& logits, const at::Tens
               teacher_logits.device());
   if (labels.has_value()) check_labels(where, *labels, logits);
   check_positive(where, "temperature", temperature);
-  return check_quantizer(kOp, "", "logits", logits, quantizer);
+  return check_quantizer(kKlDiv, "", "logits", logits, quantizer);
 }
 
 CheckedQuantizer check_quantized_kl_div_backward(const at::Tensor& grad, const at::Tensor& logits,
@@ -43,19 +43,19 @@ CheckedQuantizer check_quantized_kl_div_backward(const at::Tensor& grad, const a
                                                  const at::Tensor& statistics,
                                                  const QuantizerArguments& quantizer,
                                                  double temperature) {
-  check_grad({kOp}, "losses", grad, statistics.select(1, 0));
+  check_grad({kKlDiv}, "losses", grad, statistics.select(1, 0));
   return check_quantized_kl_div(logits, teacher_logits, labels, quantizer, temperature);
 }
 
 at::Tensor quantized_kl_div(const at::Tensor& logits, const at::Tensor& teacher_logits,
                             const RangeArguments& range, const OptionalTensor& labels,
                             double temperature, int64_t ignore_index) {
-  return std::get<0>(quantized_kl_div_op(logits, teacher_logits, labels, by_position(kOp, range),
+  return std::get<0>(quantized_kl_div_op(logits, teacher_logits, labels, by_position(kKlDiv, range),
                                          temperature, ignore_index));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {
-  m.impl("quantized_kl_div", flat<in_schema_order>);
+  m.impl("quantized_kl_div", flat<kl_div_in_schema_order>);
 }
 
 }  // namespace asymq

@@ -12,7 +12,7 @@
 namespace asymq {
 namespace {
 
-constexpr const char* kOp = "quantized_softmax";
+constexpr const char* kSoftmax = "quantized_softmax";
 
 void check_mask(const Where& where, c10::SymIntArrayRef scores, at::Device device,
                 const at::Tensor& mask) {
@@ -47,13 +47,13 @@ QuantizerPair check_quantized_softmax(const at::Tensor& scores, const OptionalTe
                                       bool causal, std::optional<int64_t> window,
                                       const QuantizerArguments& of_scores,
                                       const QuantizerArguments& of_probabilities) {
-  constexpr Where where{kOp};
+  constexpr Where where{kSoftmax};
   TORCH_CHECK(scores.dim() == 4, where,
               ": scores must have 4 dimensions, [batch, heads, queries, keys], got shape ",
               scores.sym_sizes());
   check_elements(where, "scores", scores);
-  check_sight(kOp, scores.sym_sizes(), scores.device(), mask, causal, window);
-  return check_quantizers(kOp, "scores", scores, "scores' ", of_scores, "probabilities' ",
+  check_sight(kSoftmax, scores.sym_sizes(), scores.device(), mask, causal, window);
+  return check_quantizers(kSoftmax, "scores", scores, "scores' ", of_scores, "probabilities' ",
                           of_probabilities);
 }
 
@@ -62,13 +62,13 @@ QuantizerPair check_quantized_softmax_backward(const at::Tensor& grad, const at:
                                                std::optional<int64_t> window,
                                                const QuantizerArguments& of_scores,
                                                const QuantizerArguments& of_probabilities) {
-  check_grad({kOp}, "scores", grad, scores);
+  check_grad({kSoftmax}, "scores", grad, scores);
   return check_quantized_softmax(scores, mask, causal, window, of_scores, of_probabilities);
 }
 
 double hiding_value(at::ScalarType mask) {
   double value = 0;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask, kOp, [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mask, kSoftmax, [&] {
     value = static_cast<double>(static_cast<scalar_t>(-1e4));
   });
   return value;
@@ -91,8 +91,8 @@ at::Tensor quantized_softmax(const at::Tensor& scores, const OptionalTensor& mas
                              const RangeArguments& probabilities_range,
                              std::optional<int64_t> window) {
   return std::get<0>(quantized_softmax_op(scores, mask, causal, window,
-                                          by_position(kOp, scores_range),
-                                          by_position(kOp, probabilities_range)));
+                                          by_position(kSoftmax, scores_range),
+                                          by_position(kSoftmax, probabilities_range)));
 }
 
 TORCH_LIBRARY_IMPL(asymq, CompositeImplicitAutograd, m) {

@@ -11,7 +11,9 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _afresh():
+    """Torch's generator and its compiler, which compiles one code for so many models at most."""
+    torch.compiler.reset()
     torch.manual_seed(0)
 
 

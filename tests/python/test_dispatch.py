@@ -61,7 +61,6 @@ def test_opcheck_of_codes(offset, device):
 
 
 def compiled_step(sample, device, backend, dynamic):
-    torch.compiler.reset()
 
     def call(*tensors):
         return sample.call(asymq, *tensors).clone()
@@ -104,7 +103,6 @@ def test_compile_with_inductor(sample, dynamic, device):
 
 def test_one_graph_serves_all_sizes(device):
     """Per tensor, per row and in groups: no size is baked into a dynamic graph."""
-    torch.compiler.reset()
     graphs = []
 
     def backend(graph, _):
@@ -127,7 +125,6 @@ def test_one_graph_serves_all_sizes(device):
 
 
 def test_one_graph_serves_tokens_of_all_sizes(device):
-    torch.compiler.reset()
     graphs = []
 
     def backend(graph, _):
@@ -156,7 +153,6 @@ def test_compiled_codes(device):
         codes = asymq.quantize(x, scale, offset, bits=4)
         return asymq.dequantize(codes, scale, offset, bits=4)
 
-    torch.compiler.reset()
     compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager")
     assert_bit_equal(compiled(x, -scale, 9 * scale), round_trip(x, -scale, 9 * scale))
 
@@ -169,7 +165,6 @@ def test_compiled_update_of_codes(backend, device):
         changed = asymq.update_codes_(codes, x, scale, bits=4)
         return changed / codes.numel(), asymq.update_codes_(codes, x / 2, scale, bits=4)
 
-    torch.compiler.reset()
     compiled = torch.compile(updated, fullgraph=True, backend=backend)
     codes = [torch.zeros(4, 6, dtype=torch.int8, device=device) for _ in range(2)]
     for a, e in zip(compiled(codes[0], x), updated(codes[1], x), strict=True):

@@ -116,13 +116,14 @@ def test_ranges_learn():
     loss = asymq.SelfDistillation(model)
     optimizer = torch.optim.Adam(asymq.range_parameters(model, 3e-3))
     losses = []
-    for _ in range(30):
+    for _ in range(50):
         optimizer.zero_grad()
         value = loss(input_ids=tokens())
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    assert losses[-1] < 0.8 * losses[0]
+    # A mean: what one step moves over a transition is as large as what several have gained.
+    assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
 
 
 def test_the_model_is_left_as_it_was():
@@ -216,6 +217,8 @@ def test_adapters_are_off_in_the_teacher():
 def test_checkpointing_and_accumulation():
     def gradients(checkpointed: bool, parts: int):
         model = student()
+        # Checkpointing goes without a cache, which lays keys out otherwise: products may differ.
+        model.config.use_cache = False
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss = asymq.SelfDistillation(model)

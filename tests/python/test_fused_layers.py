@@ -169,7 +169,6 @@ def test_a_tensor_that_does_not_arrive():
 
 def test_compiled(models):
     model, batch = models("llama", "w8a8"), tokens()
-    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = logits(model, batch)
     torch.testing.assert_close(logits(compiled, batch), expected, rtol=1e-4, atol=1e-4)

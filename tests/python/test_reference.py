@@ -150,7 +150,6 @@ def test_compiles(sample):
         y = call(reference, x, *parameters)
         return y, *torch.autograd.grad(y, (x, *parameters[:2]), grad)
 
-    torch.compiler.reset()
     compiled = torch.compile(sample.call, fullgraph=True, dynamic=False, backend="aot_eager")
     for actual, expected in zip(step(compiled), step(sample.call), strict=True):
         assert_bit_equal(actual, expected)

@@ -720,7 +720,6 @@ def test_optimizers_that_cannot_have_it():
     "name, backend", [*((name, "aot_eager") for name in OPTIMIZERS), ("AdamW", "inductor")]
 )
 def test_compile(name, backend, device):
-    torch.compiler.reset()
     # On a GPU, the ways that take their rates as tensors, which a graph can hold.
     options = {} if device.type == "cpu" else {"fused" if name == "SGD" else "capturable": True}
     model = network().to(device)

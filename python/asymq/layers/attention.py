@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from asymq import _library
 from asymq.layers import fused
 from asymq.layers.quantized import Quantized
 from asymq.quantizers import OFF, Quantizer, apply
@@ -198,7 +199,8 @@ def _attention(
         is_causal = getattr(module, "is_causal", False)
     causal = mask is None and query.shape[2] == key.shape[2] and bool(is_causal)
     window = sliding_window if causal else None
-    if not dropout and softcap is None and position_bias is None and not _shows(module, kwargs):
+    plain = not dropout and softcap is None and position_bias is None
+    if plain and not _shows(module, kwargs) and _has_kernel(query, key, value):
         context = fused.attention(query, key, value, mask, scaling, causal, window, before, after)
         if context is not None:
             return context.transpose(1, 2), None
@@ -211,6 +213,31 @@ def _attention(
     probabilities = fused.softmax(scores, mask, causal, window, before, after)
     context = _matmul(nn.functional.dropout(probabilities, dropout), value)
     return context.transpose(1, 2), probabilities
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `fused.attention` takes these as they are, and is the faster way."""
+    dtype = query.dtype
+    return (
+        query.is_cuda
+        and query.shape[-1] == value.shape[-1] <= 128
+        and query.shape[-1] * query.element_size() % 16 == 0
+        and dtype == key.dtype == value.dtype != torch.float64
+        and (not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") == dtype)
+        and _has_tensor_cores(query.device)
+        and (dtype != torch.float32 or _allows_tf32())
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(device: torch.device) -> bool:
+    native = "CUDA" in _library.implementation()
+    return native and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _shows(module: nn.Module, options: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymq import _library, ops
+from asymq import ops
 from asymq.layers.activation import gating_function
 from asymq.quantizers import Quantizer, apply, is_unobserved
 
@@ -75,13 +75,11 @@ def attention(
     after: Quantizer | None,
 ) -> Tensor | None:
     """after(softmax(before(scaling * query @ keyᵀ) + mask)) @ value, [batch, heads, queries,
-    width], where one kernel does it; None where it does not, or tensors must be cast first.
+    width], where the quantizers allow one kernel each way; else None.
 
     query: [batch, heads, queries, width]. key, value: [batch, key heads, keys, width]. mask, causal
     and window: as `softmax` has them.
     """
-    if not _has_attention_kernel(query, key, value):
-        return None
     scores = query.detach()[..., :1].expand(*query.shape[:3], key.shape[2])  # of their shape
     ranges = ranges_of(scores, before, after)
     if ranges is None:
@@ -89,30 +87,6 @@ def attention(
     return ops.quantized_attention(
         query, key, value, mask, *ranges, scaling=scaling, causal=causal, window=window
     )
-
-
-def _has_attention_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    dtype = query.dtype
-    return (
-        query.is_cuda
-        and query.shape[-1] == value.shape[-1] <= 128
-        and query.shape[-1] * query.element_size() % 16 == 0
-        and dtype == key.dtype == value.dtype != torch.float64
-        and (not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") == dtype)
-        and _has_tensor_cores(query.device)
-        and (dtype != torch.float32 or _allows_tf32())
-    )
-
-
-@torch.compiler.assume_constant_result
-def _has_tensor_cores(device: torch.device) -> bool:
-    native = "CUDA" in _library.implementation()
-    return native and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@torch.compiler.assume_constant_result
-def _allows_tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def softmax(

@@ -155,8 +155,9 @@ class TransitionRateScheduler:
 
         self._started = self._stepped = False
         self._found_inf: Tensor | None = None
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        # Out of a compiled optimizer.step, which has a graph break behind its hooks anyway.
+        optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step))
+        optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))
         optimizer.register_load_state_dict_post_hook(self._after_load)
         _SCHEDULED.add(optimizer)
 
@@ -252,9 +253,6 @@ class TransitionRateScheduler:
     def _target(self, step: Tensor) -> Tensor:
         return self._first_targets * self._schedule((step / self._total_steps).clamp(max=1))
 
-    # The hooks stay out of a compiled optimizer.step, which has a graph break behind them anyway.
-
-    @torch.compiler.disable
     def _before_step(self, *_) -> None:
         if self._is_probe():
             return
@@ -263,7 +261,6 @@ class TransitionRateScheduler:
             self._started = True
         self._write()
 
-    @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, *_) -> None:
         if self._started:
             # A fused optimizer is told by a GradScaler, for as long as it steps, to move nothing.

@@ -196,7 +196,6 @@ def assert_repeatable(call, leaves: list[Tensor]) -> None:
 
 def assert_compiles(call, leaves: list[Tensor], backend: str, dynamic: bool) -> None:
     """call(leaves[0]) compiled gives the bits of the call itself, gradients included."""
-    torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
     outs = [function(leaves[0]) for function in (compiled, call)]
     grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
