@@ -6,7 +6,7 @@
 namespace asymq::cuda {
 namespace {
 
-DynamicPlan plan_for(const LiveGroups& groups, std::initializer_list<at::Tensor> tensors) {
+DynamicPlan dynamic_plan_for(const LiveGroups& groups, std::initializer_list<at::Tensor> tensors) {
   DynamicPlan plan = make_dynamic_plan(groups.count(), groups.size(), groups.factors(),
                                        static_cast<int>(groups.x().element_size()),
                                        all_aligned(tensors), multiprocessors());
@@ -25,7 +25,7 @@ at::Tensor fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quant
   if (x.numel() == 0) return at::empty_like(x);
   const LiveGroups groups(x, quantizer);
   at::Tensor out = at::empty_like(groups.x());
-  const DynamicPlan plan = plan_for(groups, {groups.x(), out});
+  const DynamicPlan plan = dynamic_plan_for(groups, {groups.x(), out});
   const at::Tensor workspace = workspace_if(plan.extrema() > 0, plan.extrema(), x);
   dispatch_types(x, groups.first(), [&](auto element, auto range) {
     using S = decltype(element);
@@ -57,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_dynamic_backward(
   const LiveGroups groups(x, quantizer);
   const at::Tensor upstream = groups.match(grad);
   at::Tensor dx = needs[0] ? at::empty_like(groups.x()) : at::Tensor();
-  const DynamicPlan plan = plan_for(groups, {groups.x(), upstream, dx});
+  const DynamicPlan plan = dynamic_plan_for(groups, {groups.x(), upstream, dx});
   const int64_t doubles = plan.extrema() + (needs_sums ? plan.sums() : 0);
   const at::Tensor workspace = workspace_if(doubles > 0, doubles, x);
   dispatch_types(x, groups.first(), [&](auto element, auto range) {

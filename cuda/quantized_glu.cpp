@@ -11,7 +11,7 @@ bool has_kernel(const at::Tensor& gate, const GluQuantizers& quantizers) {
   return product_alone && in_vectors(gate) && is_of_rows(quantizers.product, gate);
 }
 
-RowPlan plan_for(const at::Tensor& gate, bool backward) {
+RowPlan glu_plan_for(const at::Tensor& gate, bool backward) {
   RowPlan plan = make_glu_plan(rows_of(gate), vectors_of_row(gate), backward, multiprocessors());
   plan.overlaps = overlaps();
   return plan;
@@ -34,7 +34,7 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
   dispatch_types(gate, product.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_glu_forward<S, P>(plan_for(gate, false), product.pointers<P>(), is_tanh(activation),
+    launch_glu_forward<S, P>(glu_plan_for(gate, false), product.pointers<P>(), is_tanh(activation),
                              input<S>(gate), input<S>(up), output<S>(out),
                              at::cuda::getCurrentCUDAStream());
   });
@@ -54,7 +54,7 @@ GluGradients quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gi
   const at::Tensor upstream = aligned_rows(grad);
   at::Tensor dgate = empty_if(needs[0], gate), dup = empty_if(needs[1], up);
   const DeviceRowQuantizer product(checked.product, needs[8], needs[9]);
-  const RowPlan plan = plan_for(gate, true);
+  const RowPlan plan = glu_plan_for(gate, true);
   const at::Tensor workspace = workspace_if(needs[8] || needs[9], 3 * plan.blocks, gate);
   dispatch_types(gate, product.range_like(gate), [&](auto element, auto range) {
     using S = decltype(element);

@@ -12,7 +12,7 @@ bool has_kernel(const at::Tensor& x, const at::Tensor& weight,
          is_of_rows(output, x);
 }
 
-RowPlan plan_for(const at::Tensor& x, bool backward) {
+RowPlan rms_norm_plan_for(const at::Tensor& x, bool backward) {
   RowPlan plan = make_rms_norm_plan(rows_of(x), vectors_of_row(x), backward, multiprocessors());
   plan.overlaps = overlaps();
   return plan;
@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_rms_norm(const at::Tensor& given, c
   dispatch_types(x, quantizer.range_like(x), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_rms_norm_forward<S, P>(plan_for(x, false), quantizer.pointers<P>(), input<S>(x),
+    launch_rms_norm_forward<S, P>(rms_norm_plan_for(x, false), quantizer.pointers<P>(), input<S>(x),
                                   input<S>(weight), eps, output<S>(out),
                                   output<Compute<S>>(statistics), at::cuda::getCurrentCUDAStream());
   });
@@ -56,7 +56,7 @@ RmsNormGradients quantized_rms_norm_backward(const at::Tensor& grad, const at::T
   }
   at::Tensor dx = empty_if(needs[0], x), dweight = empty_if(needs[1], weight);
   const DeviceRowQuantizer quantizer(checked, needs[2], needs[3]);
-  const RowPlan plan = plan_for(x, true);
+  const RowPlan plan = rms_norm_plan_for(x, true);
   const at::Tensor workspace = workspace_if(needs[2] || needs[3], 3 * plan.blocks, x);
   const at::Tensor weight_sums =
       needs[1] ? at::empty({plan.entries(), weight.size(0)}, statistics.options()) : at::Tensor();

@@ -218,7 +218,8 @@ template <class S, class P>
 void launch_rms_norm_forward(const RowPlan& plan, const RowQuantizer<P>& output, const S* x,
                              const S* weight, double eps, S* out, Compute<S>* statistics,
                              cudaStream_t stream) {
-  RmsNorm<S, P> op{plan, output, nullptr, x, weight, out, statistics, eps};
+  RmsNorm<S, P> op{plan,       output, nullptr, x,       weight, out,
+                   statistics, eps,    nullptr, nullptr, nullptr};
   if (plan.blocks == 0) return;
   rms_norm_forward<<<static_cast<unsigned>(plan.blocks), plan.threads, 0, stream>>>(op);
 }
