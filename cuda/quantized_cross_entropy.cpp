@@ -9,16 +9,21 @@ namespace {
 /// logits and dlogits, where there is one, are contiguous.
 template <class S>
 CrossEntropyOperands<S> operands(const at::Tensor& logits, const at::Tensor& labels,
-                                 const at::Tensor& dlogits, int64_t ignore_index) {
-  return {logits.size(0), static_cast<int>(logits.size(1)), all_aligned({logits, dlogits}),
-          ignore_index,   input<int64_t>(labels),           input<S>(logits)};
+                                 const at::Tensor& dlogits, std::optional<int64_t> classes,
+                                 int64_t ignore_index) {
+  const auto columns = static_cast<int>(logits.size(1));
+  return {logits.size(0),  static_cast<int>(classes.value_or(columns)),
+          columns,         all_aligned({logits, dlogits}),
+          ignore_index,    input<int64_t>(labels),
+          input<S>(logits)};
 }
 
 std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy(const at::Tensor& logits,
                                                            const at::Tensor& labels,
                                                            const QuantizerArguments& quantizer,
+                                                           std::optional<int64_t> classes,
                                                            int64_t ignore_index) {
-  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
+  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer, classes);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto options = logits.options().dtype(compute_dtype(logits.scalar_type()));
   at::Tensor losses = at::empty({logits.size(0)}, options);
@@ -29,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy(const at::Tensor& log
   dispatch_types(logits, checked.ranges.first, [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_cross_entropy_forward<S, P>(operands<S>(dense, dense_labels, {}, ignore_index),
+    launch_cross_entropy_forward<S, P>(operands<S>(dense, dense_labels, {}, classes, ignore_index),
                                        of_logits.pointers<P>(), output<Compute<S>>(losses),
                                        output<Compute<S>>(statistics),
                                        at::cuda::getCurrentCUDAStream());
@@ -40,10 +45,10 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy(const at::Tensor& log
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward(
     const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
-    const at::Tensor& statistics, const QuantizerArguments& quantizer, int64_t ignore_index,
-    std::array<bool, 3> needs) {
+    const at::Tensor& statistics, const QuantizerArguments& quantizer,
+    std::optional<int64_t> classes, int64_t ignore_index, std::array<bool, 3> needs) {
   const auto checked =
-      check_quantized_cross_entropy_backward(grad, logits, labels, statistics, quantizer);
+      check_quantized_cross_entropy_backward(grad, logits, labels, statistics, quantizer, classes);
   const c10::cuda::CUDAGuard guard(logits.device());
   const at::Tensor dense = logits.contiguous(), dense_labels = labels.contiguous();
   const at::Tensor upstream = grad.contiguous();
@@ -54,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward(
     using S = decltype(element);
     using P = decltype(range);
     launch_cross_entropy_backward<S, P>(
-        operands<S>(dense, dense_labels, dlogits, ignore_index), of_logits.pointers<P>(),
+        operands<S>(dense, dense_labels, dlogits, classes, ignore_index), of_logits.pointers<P>(),
         input<Compute<S>>(upstream), input<Compute<S>>(statistics), output<S>(dlogits),
         output<double>(workspace), overlaps(), at::cuda::getCurrentCUDAStream());
   });

@@ -6,10 +6,11 @@
 namespace asymq::cuda {
 namespace {
 
-/// What the kernels read, contiguous.
+/// What the kernels read, contiguous; the teacher's rows may be apart.
 struct Inputs {
   Inputs(const at::Tensor& logits, const at::Tensor& teacher, const OptionalTensor& labels)
-      : logits(logits.contiguous()), teacher(teacher.contiguous()) {
+      : logits(logits.contiguous()),
+        teacher(teacher.stride(1) == 1 ? teacher : teacher.contiguous()) {
     if (labels.has_value()) this->labels = labels->contiguous();
   }
 
@@ -18,25 +19,26 @@ struct Inputs {
   KlDivOperands<S> operands(const at::Tensor& dlogits, double temperature,
                             int64_t ignore_index) const {
     return {logits.size(0),
+            static_cast<int>(teacher.size(1)),
             static_cast<int>(logits.size(1)),
-            all_aligned({logits, teacher, dlogits}),
+            all_aligned({logits, dlogits}),
             ignore_index,
             labels.defined() ? input<int64_t>(labels) : nullptr,
             static_cast<Compute<S>>(temperature),
             input<S>(logits),
-            input<S>(teacher)};
+            input<S>(teacher),
+            teacher.stride(0)};
   }
 
   at::Tensor logits, teacher, labels;
 };
 
-std::tuple<at::Tensor, at::Tensor> quantized_kl_div(const at::Tensor& logits,
-                                                    const at::Tensor& teacher_logits,
-                                                    const OptionalTensor& labels,
-                                                    const QuantizerArguments& quantizer,
-                                                    double temperature, int64_t ignore_index) {
+std::tuple<at::Tensor, at::Tensor> quantized_kl_div(
+    const at::Tensor& logits, const at::Tensor& teacher_logits, const OptionalTensor& labels,
+    const QuantizerArguments& quantizer, double temperature, std::optional<int64_t> classes,
+    int64_t ignore_index) {
   const auto checked =
-      check_quantized_kl_div(logits, teacher_logits, labels, quantizer, temperature);
+      check_quantized_kl_div(logits, teacher_logits, labels, quantizer, temperature, classes);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto options = logits.options().dtype(compute_dtype(logits.scalar_type()));
   at::Tensor losses = at::empty({logits.size(0)}, options);
@@ -58,9 +60,10 @@ std::tuple<at::Tensor, at::Tensor> quantized_kl_div(const at::Tensor& logits,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_kl_div_backward(
     const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& teacher_logits,
     const OptionalTensor& labels, const at::Tensor& statistics, const QuantizerArguments& quantizer,
-    double temperature, int64_t ignore_index, std::array<bool, 3> needs) {
+    double temperature, std::optional<int64_t> classes, int64_t ignore_index,
+    std::array<bool, 3> needs) {
   const auto checked = check_quantized_kl_div_backward(grad, logits, teacher_logits, labels,
-                                                       statistics, quantizer, temperature);
+                                                       statistics, quantizer, temperature, classes);
   const c10::cuda::CUDAGuard guard(logits.device());
   const Inputs inputs(logits, teacher_logits, labels);
   const at::Tensor upstream = grad.contiguous();

@@ -10,7 +10,6 @@
 namespace asymq {
 namespace {
 
-/// The logits in the type that is computed in.
 void check_labels(const at::Tensor& labels, int64_t ignore_index, const at::Tensor& logits) {
   if (!labels.device().is_cpu()) return;
   const int64_t classes = logits.size(1);
@@ -24,9 +23,10 @@ void check_labels(const at::Tensor& labels, int64_t ignore_index, const at::Tens
 }
 
 std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
-    const at::Tensor& logits, const at::Tensor& labels, const QuantizerArguments& quantizer,
-    int64_t ignore_index) {
-  const auto checked = check_quantized_cross_entropy(logits, labels, quantizer);
+    const at::Tensor& columns, const at::Tensor& labels, const QuantizerArguments& quantizer,
+    std::optional<int64_t> classes, int64_t ignore_index) {
+  const auto checked = check_quantized_cross_entropy(columns, labels, quantizer, classes);
+  const at::Tensor logits = of_classes(columns, classes);
   check_labels(labels, ignore_index, logits);
   const at::Tensor ignored = labels.eq(ignore_index);
   const at::Tensor quantized = fake_quantize_op(widen(logits), checked.granular());
@@ -39,11 +39,12 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy_composite(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward_composite(
-    const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
-    const at::Tensor& statistics, const QuantizerArguments& quantizer, int64_t ignore_index,
-    std::array<bool, 3> needs) {
+    const at::Tensor& grad, const at::Tensor& columns, const at::Tensor& labels,
+    const at::Tensor& statistics, const QuantizerArguments& quantizer,
+    std::optional<int64_t> classes, int64_t ignore_index, std::array<bool, 3> needs) {
   const auto checked =
-      check_quantized_cross_entropy_backward(grad, logits, labels, statistics, quantizer);
+      check_quantized_cross_entropy_backward(grad, columns, labels, statistics, quantizer, classes);
+  const at::Tensor logits = of_classes(columns, classes);
   const at::Tensor ignored = labels.eq(ignore_index);
   const at::Tensor wide = widen(logits);
   const at::Tensor quantized = fake_quantize_op(wide, checked.granular());
@@ -54,7 +55,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward_
   dquantized.mul_(grad.unsqueeze(1)).masked_fill_(ignored.unsqueeze(1), 0);
   auto [dlogits, first, second] =
       fake_quantize_backward_op(dquantized, wide, checked.granular(), needs);
-  return {needs[0] ? dlogits.to(logits.scalar_type()) : dlogits, first, second};
+  if (needs[0]) dlogits = of_columns(dlogits.to(logits.scalar_type()), columns);
+  return {dlogits, first, second};
 }
 
 }  // namespace

@@ -10,7 +10,6 @@
 namespace asymq {
 namespace {
 
-/// Logits in the type that is computed in.
 /// log softmax of rows, and what it takes: the largest element and the logarithm of the sum of
 /// exponentials, [rows, 1] each.
 struct LogSoftmax {
@@ -23,10 +22,12 @@ struct LogSoftmax {
 };
 
 std::tuple<at::Tensor, at::Tensor> quantized_kl_div_composite(
-    const at::Tensor& logits, const at::Tensor& teacher_logits, const OptionalTensor& labels,
-    const QuantizerArguments& quantizer, double temperature, int64_t ignore_index) {
+    const at::Tensor& columns, const at::Tensor& teacher_logits, const OptionalTensor& labels,
+    const QuantizerArguments& quantizer, double temperature, std::optional<int64_t> classes,
+    int64_t ignore_index) {
   const auto checked =
-      check_quantized_kl_div(logits, teacher_logits, labels, quantizer, temperature);
+      check_quantized_kl_div(columns, teacher_logits, labels, quantizer, temperature, classes);
+  const at::Tensor logits = of_classes(columns, classes);
   const LogSoftmax student(fake_quantize_op(widen(logits), checked.granular()) / temperature);
   const LogSoftmax teacher(widen(teacher_logits) / temperature);
   const at::Tensor p = teacher.value.exp();
@@ -38,11 +39,13 @@ std::tuple<at::Tensor, at::Tensor> quantized_kl_div_composite(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_kl_div_backward_composite(
-    const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& teacher_logits,
+    const at::Tensor& grad, const at::Tensor& columns, const at::Tensor& teacher_logits,
     const OptionalTensor& labels, const at::Tensor& statistics, const QuantizerArguments& quantizer,
-    double temperature, int64_t ignore_index, std::array<bool, 3> needs) {
-  const auto checked = check_quantized_kl_div_backward(grad, logits, teacher_logits, labels,
-                                                       statistics, quantizer, temperature);
+    double temperature, std::optional<int64_t> classes, int64_t ignore_index,
+    std::array<bool, 3> needs) {
+  const auto checked = check_quantized_kl_div_backward(grad, columns, teacher_logits, labels,
+                                                       statistics, quantizer, temperature, classes);
+  const at::Tensor logits = of_classes(columns, classes);
   const at::Tensor wide = widen(logits);
   const auto probabilities = [&](const at::Tensor& of, int64_t first) {
     const at::Tensor shifted = of / temperature - statistics.narrow(1, first, 1);
@@ -56,7 +59,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_kl_div_backward_composi
   }
   auto [dlogits, first, second] =
       fake_quantize_backward_op(dquantized, wide, checked.granular(), needs);
-  return {needs[0] ? dlogits.to(logits.scalar_type()) : dlogits, first, second};
+  if (needs[0]) dlogits = of_columns(dlogits.to(logits.scalar_type()), columns);
+  return {dlogits, first, second};
 }
 
 }  // namespace

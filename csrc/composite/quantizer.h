@@ -1,7 +1,7 @@
 // A quantizer of any kind, or none, as one of the single operations of a composite.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 
 #include <array>
 #include <optional>
@@ -19,6 +19,15 @@ inline at::Tensor widen(const at::Tensor& x) { return x.to(compute_dtype(x.scala
 inline LiveQuantizer live(const CheckedQuantizer& quantizer) {
   return {quantizer.ranges.first, quantizer.ranges.second, quantizer.group,
           arguments_of(quantizer.kind), /*token=*/true};
+}
+
+/// Logits without the columns behind the classes, and a gradient with them.
+inline at::Tensor of_classes(const at::Tensor& logits, std::optional<int64_t> classes) {
+  return classes.has_value() ? logits.narrow(1, 0, *classes) : logits;
+}
+inline at::Tensor of_columns(const at::Tensor& dlogits, const at::Tensor& logits) {
+  const c10::SymInt padding = logits.sym_size(1) - dlogits.sym_size(1);
+  return padding == 0 ? dlogits : at::constant_pad_nd_symint(dlogits, {0, padding});
 }
 
 /// x on the quantizer's grid; x itself where there is none.

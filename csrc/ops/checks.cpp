@@ -104,7 +104,7 @@ void check_ends(const Where& where, const at::Tensor& min, const at::Tensor& max
               min.sym_sizes(), ", got ", max.sym_sizes());
 }
 
-void check_logits(const Where& where, const at::Tensor& logits) {
+void check_logits(const Where& where, const at::Tensor& logits, std::optional<int64_t> classes) {
   TORCH_CHECK(logits.dim() == 2, where,
               ": logits must have 2 dimensions, [tokens, classes], got shape ", logits.sym_sizes());
   check_elements(where, "logits", logits);
@@ -112,6 +112,9 @@ void check_logits(const Where& where, const at::Tensor& logits) {
               logits.sym_sizes());
   TORCH_CHECK(logits.sym_size(1) <= std::numeric_limits<int>::max(), where,
               ": logits must have less than 2^31 classes, got ", logits.sym_size(1));
+  TORCH_CHECK(!classes.has_value() || (*classes >= 1 && logits.sym_size(1) >= *classes), where,
+              ": classes must be between 1 and the number of the logits' columns ",
+              logits.sym_size(1), ", got ", classes.value_or(0));
 }
 
 void check_labels(const Where& where, const at::Tensor& labels, const at::Tensor& logits) {

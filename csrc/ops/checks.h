@@ -78,7 +78,7 @@ void check_granularity(const Where& where, const at::Tensor& x, const NamedTenso
 void check_ends(const Where& where, const at::Tensor& min, const at::Tensor& max);
 
 /// Logits [tokens, classes] of at least one class and less than 2^31.
-void check_logits(const Where& where, const at::Tensor& logits);
+void check_logits(const Where& where, const at::Tensor& logits, std::optional<int64_t> classes);
 
 /// int64 labels, one for each row of the logits. What they say is not looked at.
 void check_labels(const Where& where, const at::Tensor& labels, const at::Tensor& logits);

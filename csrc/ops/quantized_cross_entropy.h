@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "ops/flat.h"
@@ -16,7 +17,8 @@ namespace asymq {
 inline constexpr Op<"asymq::_quantized_cross_entropy",
                     std::tuple<at::Tensor, at::Tensor>(
                         const at::Tensor& logits, const at::Tensor& labels,
-                        const QuantizerArguments& quantizer, int64_t ignore_index)>
+                        const QuantizerArguments& quantizer, std::optional<int64_t> classes,
+                        int64_t ignore_index)>
     quantized_cross_entropy_op;
 
 /// dL/dlogits, then the gradients of first and second of the range.
@@ -24,18 +26,21 @@ inline constexpr Op<"asymq::_quantized_cross_entropy_backward",
                     std::tuple<at::Tensor, at::Tensor, at::Tensor>(
                         const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels,
                         const at::Tensor& statistics, const QuantizerArguments& quantizer,
-                        int64_t ignore_index, std::array<bool, 3> needs)>
+                        std::optional<int64_t> classes, int64_t ignore_index,
+                        std::array<bool, 3> needs)>
     quantized_cross_entropy_backward_op;
 
 /// Sizes may be symbolic; what the labels say is not looked at.
 CheckedQuantizer check_quantized_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
-                                               const QuantizerArguments& quantizer);
+                                               const QuantizerArguments& quantizer,
+                                               std::optional<int64_t> classes);
 
 /// The same, and of the upstream gradient.
 CheckedQuantizer check_quantized_cross_entropy_backward(const at::Tensor& grad,
                                                         const at::Tensor& logits,
                                                         const at::Tensor& labels,
                                                         const at::Tensor& statistics,
-                                                        const QuantizerArguments& quantizer);
+                                                        const QuantizerArguments& quantizer,
+                                                        std::optional<int64_t> classes);
 
 }  // namespace asymq

@@ -87,11 +87,11 @@ TORCH_LIBRARY(asymq, m) {
   define("quantized_gelu(Tensor x, " + range_schema("input_") + ", " + range_schema("output_") +
          ") -> Tensor");
   define("quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, " +
-         range_schema() + ") -> Tensor");
+         range_schema() + ", int? classes=None) -> Tensor");
   define(
       "quantized_kl_div(Tensor logits, Tensor teacher_logits, Tensor? labels, float temperature, "
       "int ignore_index, " +
-      range_schema() + ") -> Tensor");
+      range_schema() + ", int? classes=None) -> Tensor");
 
   define("quantized_rms_norm(Tensor x, Tensor weight, float eps, " + range_schema("output_") +
          ") -> Tensor");
@@ -135,11 +135,12 @@ TORCH_LIBRARY(asymq, m) {
   // statistics: of each row the largest quantized logit and the logarithm of the sum of
   // exponentials.
   define("_quantized_cross_entropy(Tensor logits, Tensor labels, " + quantizer_schema() +
-         ", int ignore_index) -> (Tensor losses, Tensor statistics)");
+         ", int? classes, int ignore_index) -> (Tensor losses, Tensor statistics)");
   define(
       "_quantized_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, "
       "Tensor statistics, " +
-      quantizer_schema() + ", int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+      quantizer_schema() +
+      ", int? classes, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)");
   // statistics: of each row 1 / sqrt(mean square + eps).
   define("_quantized_rms_norm(Tensor x, Tensor weight, float eps, " + quantizer_schema("output_") +
          ") -> (Tensor normalized, Tensor statistics)");
@@ -156,11 +157,13 @@ TORCH_LIBRARY(asymq, m) {
   // exponentials, and the teacher's.
   define("_quantized_kl_div(Tensor logits, Tensor teacher_logits, Tensor? labels, " +
          quantizer_schema() +
-         ", float temperature, int ignore_index) -> (Tensor losses, Tensor statistics)");
+         ", float temperature, int? classes, int ignore_index) -> "
+         "(Tensor losses, Tensor statistics)");
   define(
       "_quantized_kl_div_backward(Tensor grad, Tensor logits, Tensor teacher_logits, "
       "Tensor? labels, Tensor statistics, " +
       quantizer_schema() +
-      ", float temperature, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+      ", float temperature, int? classes, int ignore_index, bool[3] needs) -> (Tensor, Tensor, "
+      "Tensor)");
   define("_effective_scale_offset(" + granular_quantizer_schema() + ") -> (Tensor, Tensor)");
 }

@@ -33,6 +33,24 @@ __device__ __forceinline__ void for_each_piece(const S* row, int classes, bool v
   }
 }
 
+/// A vector from anywhere: rows of two tensors may be aligned differently.
+template <int kCount, class S>
+__device__ __forceinline__ Vector<S, kCount> load_unaligned(const S* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Vector<S, kCount>) == 0) {
+    return load_vector<kCount>(from);
+  }
+  Vector<S, kCount> vector;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) vector.values[i] = from[i];
+  return vector;
+}
+
+/// Zeros behind a row's classes.
+template <class S>
+__device__ __forceinline__ void clear_padding(S* row, int classes, int columns) {
+  for (int i = classes + threadIdx.x; i < columns; i += kLossThreads) row[i] = narrow<S>(0.0f);
+}
+
 /// Running largest value and sum of e^(value - largest).
 template <class T>
 struct SumOfExponentials {

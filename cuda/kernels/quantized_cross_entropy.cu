@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
   const int64_t index = blockIdx.x;
-  const S* const row = op.logits + index * op.classes;
+  const S* const row = op.logits + index * op.columns;
   const int64_t label = op.labels[index];
   if (label == op.ignore_index) {
     if (threadIdx.x == 0) losses[index] = statistics[2 * index] = statistics[2 * index + 1] = 0;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
   const int64_t index = blockIdx.x;
-  const S* const row = op.logits + index * op.classes;
-  S* const to = dlogits == nullptr ? nullptr : dlogits + index * op.classes;
+  const S* const row = op.logits + index * op.columns;
+  S* const to = dlogits == nullptr ? nullptr : dlogits + index * op.columns;
   const int64_t label = op.labels[index];
   const bool ignored = label == op.ignore_index;
   const T g = op.is_class(label) ? grad[index] : T(NAN);
@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
         });
     sums.flush();
   });
+  if (to != nullptr) clear_padding(to, op.classes, op.columns);
   store_block_sums<kLossThreads>(gradients, sums.total);
 }
 

@@ -12,11 +12,11 @@ namespace asymq::cuda {
 template <class S>
 struct CrossEntropyOperands {
   int64_t rows;
-  int classes;
-  bool vectorized;  ///< 16-byte accesses: the first rows of all tensors are aligned to them
+  int classes, columns;  ///< what is behind the classes of a row counts for nothing
+  bool vectorized;       ///< 16-byte accesses: the first rows of all tensors are aligned to them
   int64_t ignore_index;
   const int64_t* labels;  ///< [rows]
-  const S* logits;        ///< [rows, classes]
+  const S* logits;        ///< [rows, columns]
 
   ASYMQ_HOST_DEVICE bool is_class(int64_t label) const { return label >= 0 && label < classes; }
 };

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
     if (threadIdx.x == 0) losses[index] = of_row[0] = of_row[1] = of_row[2] = of_row[3] = 0;
     return;
   }
-  const S* const row = op.logits + index * op.classes;
-  const S* const teacher = op.teacher + index * op.classes;
+  const S* const row = op.logits + index * op.columns;
+  const S* const teacher = op.teacher + index * op.teacher_stride;
   const T inverse = T(1) / op.temperature;
   const auto grid = make_block_grid<T>(quantizer.kind, quantizer.ranges, 0);
   with_fast_division(grid, [&](const auto& fast) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
 #pragma unroll
           for (int u = 0; u < kPieces; ++u) {
             raw[u] = load_vector<kCount>(row + offset + u * kLossThreads * kCount);
-            raw_teacher[u] = load_vector<kCount>(teacher + offset + u * kLossThreads * kCount);
+            raw_teacher[u] = load_unaligned<kCount>(teacher + offset + u * kLossThreads * kCount);
           }
 #pragma unroll
           for (int i = 0; i < kPieces * kCount; ++i) {
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
   using T = Compute<S>;
   constexpr int kCount = kWidth<S, true>;
   const int64_t index = blockIdx.x;
-  const S* const row = op.logits + index * op.classes;
-  const S* const teacher = op.teacher + index * op.classes;
-  S* const to = dlogits == nullptr ? nullptr : dlogits + index * op.classes;
+  const S* const row = op.logits + index * op.columns;
+  const S* const teacher = op.teacher + index * op.teacher_stride;
+  S* const to = dlogits == nullptr ? nullptr : dlogits + index * op.columns;
   const bool ignored = op.ignores(index);
   const T g = grad[index] * op.temperature;
   const T inverse = T(1) / op.temperature;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
 #pragma unroll
           for (int u = 0; u < kPieces; ++u) {
             values[u] = load_vector<kCount>(row + offset + u * kLossThreads * kCount);
-            of_teacher[u] = load_vector<kCount>(teacher + offset + u * kLossThreads * kCount);
+            of_teacher[u] = load_unaligned<kCount>(teacher + offset + u * kLossThreads * kCount);
           }
 #pragma unroll
           for (int u = 0; u < kPieces; ++u) {
@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kLossThreads, kLossBlocks)
         });
     sums.flush();
   });
+  if (to != nullptr) clear_padding(to, op.classes, op.columns);
   store_block_sums<kLossThreads>(gradients, sums.total);
 }
 

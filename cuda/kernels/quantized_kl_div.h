@@ -12,13 +12,14 @@ namespace asymq::cuda {
 template <class S>
 struct KlDivOperands {
   int64_t rows;
-  int classes;
-  bool vectorized;  ///< 16-byte accesses: the first rows of all tensors are aligned to them
+  int classes, columns;  ///< what is behind the classes of a row counts for nothing
+  bool vectorized;       ///< 16-byte accesses: the first rows of all tensors are aligned to them
   int64_t ignore_index;
   const int64_t* labels;  ///< [rows]; null: every row counts
   Compute<S> temperature;
-  const S* logits;   ///< [rows, classes]
-  const S* teacher;  ///< likewise
+  const S* logits;   ///< [rows, columns]
+  const S* teacher;  ///< [rows, classes], `teacher_stride` apart
+  int64_t teacher_stride;
 
   ASYMQ_HOST_DEVICE bool ignores(int64_t row) const {
     return labels != nullptr && labels[row] == ignore_index;

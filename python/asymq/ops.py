@@ -413,7 +413,12 @@ def quantized_gelu(x: Tensor, input_range: RangeArguments, output_range: RangeAr
 
 
 def quantized_cross_entropy(
-    logits: Tensor, labels: Tensor, range: RangeArguments, *, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    range: RangeArguments,
+    *,
+    ignore_index: int = -100,
+    classes: int | None = None,
 ) -> Tensor:
     """The loss of every row, -log softmax(fake_quantize(logits))[label], on CUDA in one kernel each
     way; 0 where the label is ``ignore_index``.
@@ -421,11 +426,13 @@ def quantized_cross_entropy(
     logits: [tokens, classes]. labels: [tokens], int64. Returns [tokens] in float32 (float64 for
     float64 logits), which is also what all arithmetic is in. A label that is neither a class nor
     ``ignore_index`` raises IndexError on the CPU; on CUDA its row's loss and gradients are NaN.
+    classes: where there are fewer than columns, the rest makes rows start aligned: it counts for
+    nothing, and its gradient is 0.
 
     Differentiable with respect to logits and learned parameters; saves the logits and two numbers
     per row.
     """
-    return _quantized_cross_entropy(logits, labels, ignore_index, *range)
+    return _quantized_cross_entropy(logits, labels, ignore_index, *range, classes)
 
 
 def quantized_rms_norm(
@@ -479,6 +486,7 @@ def quantized_kl_div(
     labels: Tensor | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    classes: int | None = None,
 ) -> Tensor:
     """The loss of distillation of every row (Hinton et al. 2015), T²·Σ p·(log p - log q) with p =
     softmax(teacher_logits/T) and q = softmax(fake_quantize(logits)/T), on CUDA in one kernel each
@@ -487,9 +495,12 @@ def quantized_kl_div(
     logits, teacher_logits: [tokens, classes], of one dtype, the teacher's without gradient. labels:
     [tokens], int64; without them every row counts, and no other label than ``ignore_index`` means
     anything. temperature: T. Returns [tokens] in float32 (float64 for float64 logits), which is
-    also what all arithmetic is in.
+    also what all arithmetic is in. classes: where there are fewer than columns of the logits, the
+    rest makes rows start aligned: it counts for nothing, and its gradient is 0. The teacher's have
+    no such columns.
 
     Differentiable with respect to logits (T·(q - p), straight-through) and learned parameters;
     saves both logits and four numbers per row.
     """
-    return _quantized_kl_div(logits, teacher_logits, labels, temperature, ignore_index, *range)
+    how = temperature, ignore_index, *range, classes
+    return _quantized_kl_div(logits, teacher_logits, labels, *how)

@@ -121,7 +121,11 @@ def test_statistics(device):
     logits, labels, range_ = inputs(case, device)
     with torch.no_grad():
         _, statistics = torch.ops.asymq._quantized_cross_entropy(
-            logits=logits, labels=labels, ignore_index=-100, **named(case.name, range_)
+            logits=logits,
+            labels=labels,
+            ignore_index=-100,
+            classes=None,
+            **named(case.name, range_),
         )
         quantized = fake_quantize(logits, case.name, range_)
     seen = labels != -100
@@ -208,6 +212,33 @@ def test_compile(backend, dynamic, device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("classes", [1, 33, 1001])
+def test_columns_behind_the_classes(classes, dtype, device):
+    """They count for nothing, whatever they hold, and their gradient is 0."""
+    case = Case(shape=(7, classes), dtype=dtype)
+    logits, labels, range_ = inputs(case, device)
+    wider = torch.full((7, classes + -classes % 8), torch.nan, device=device, dtype=dtype)
+    wider[:, :classes] = logits.detach()
+    wider.requires_grad_()
+
+    def step(x, **options):
+        losses = quantized_cross_entropy(x, labels, range_, **options)
+        return losses, *torch.autograd.grad(losses.sum(), leaves(case, x, range_))
+
+    losses, dlogits, *of_range = step(wider, classes=classes)
+    expected, dexpected, *of_expected = step(logits)
+    close(losses, expected, 1e-6)
+    close(dlogits[:, :classes], dexpected, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert dlogits.shape == wider.shape and (dlogits[:, classes:] == 0).all()
+    for a, e in zip(of_range, of_expected, strict=True):
+        assert_range_gradient(a, e, torch.tensor(7.0))
+    opcheck_private(
+        lambda: quantized_cross_entropy(wider, labels, range_, classes=classes),
+        ["_quantized_cross_entropy.default", "_quantized_cross_entropy_backward.default"],
+    )
+
+
 def test_second_derivative_raises(device):
     logits, labels, range_ = inputs(Case(), device)
     losses = quantized_cross_entropy(logits, labels, range_)
@@ -235,6 +266,9 @@ def test_errors(device):
     ):
         with pytest.raises(RuntimeError, match="asymq::quantized_cross_entropy: .*" + message):
             quantized_cross_entropy(*call)
+    for classes in (0, 34):
+        with pytest.raises(RuntimeError, match=f"columns 33, got {classes}"):
+            quantized_cross_entropy(logits, labels, range_, classes=classes)
 
 
 @pytest.mark.gpu

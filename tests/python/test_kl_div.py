@@ -216,6 +216,39 @@ def test_compile(backend, device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("of_teacher", ["dense", "apart"])
+def test_columns_behind_the_classes(of_teacher, dtype, device):
+    """They count for nothing, whatever they hold, and their gradient is 0; the teacher's rows may
+    be as far apart."""
+    case = Case(shape=(7, 1001), dtype=dtype)
+    logits, teacher, labels, range_ = inputs(case, device)
+
+    def widened(x):
+        wider = torch.full((7, 1008), torch.nan, device=device, dtype=dtype)
+        wider[:, :1001] = x.detach()
+        return wider
+
+    wider = widened(logits).requires_grad_()
+    apart = teacher if of_teacher == "dense" else widened(teacher)[:, :1001]
+
+    def step(x, teacher, **options):
+        losses = quantized_kl_div(x, teacher, range_, labels=labels, **options)
+        return losses, *torch.autograd.grad(losses.sum(), leaves(case, x, range_))
+
+    losses, dlogits, *of_range = step(wider, apart, classes=1001)
+    expected, dexpected, *of_expected = step(logits, teacher)
+    close(losses, expected, 1e-5)
+    close(dlogits[:, :1001], dexpected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert dlogits.shape == wider.shape and (dlogits[:, 1001:] == 0).all()
+    for a, e in zip(of_range, of_expected, strict=True):
+        assert_range_gradient(a, e, torch.tensor(7.0))
+    opcheck_private(
+        lambda: quantized_kl_div(wider, apart, range_, labels=labels, classes=1001),
+        ["_quantized_kl_div.default", "_quantized_kl_div_backward.default"],
+    )
+
+
 def test_second_derivative_and_transforms_say_so(device):
     case = Case()
     logits, teacher, labels, range_ = inputs(case, device)
@@ -243,6 +276,8 @@ def test_errors(device):
         (r"labels must have one element per row", two, {"labels": labels[1:]}),
         ("temperature must be positive and finite, got 0", two, {"temperature": 0.0}),
         ("temperature must be positive and finite, got inf", two, {"temperature": torch.inf}),
+        ("classes must be between 1 and .* columns 33, got 34", two, {"classes": 34}),
+        (r"teacher_logits must have the logits' shape \[7, 32\], got", two, {"classes": 32}),
     ):
         with pytest.raises(RuntimeError, match="asymq::quantized_kl_div: .*" + message):
             quantized_kl_div(*args, range_, **options)

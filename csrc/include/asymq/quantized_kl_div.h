@@ -23,12 +23,16 @@ namespace asymq {
 /// Returns [tokens] in float32 (float64 for float64 logits), which is also what all arithmetic is
 /// in.
 ///
+/// classes: where there are fewer than columns of the logits, the rest makes rows start aligned: it
+/// counts for nothing, and its gradient is 0. The teacher's have no such columns.
+///
 /// The backward saves both logits and four numbers per row. Gradients are those of the composition,
 /// T · (q - p) straight-through for the logits, and for the range's learned parameters.
 at::Tensor quantized_kl_div(const at::Tensor& logits, const at::Tensor& teacher_logits,
                             const RangeArguments& range,
                             const std::optional<at::Tensor>& labels = std::nullopt,
-                            double temperature = 1, int64_t ignore_index = -100);
+                            double temperature = 1, int64_t ignore_index = -100,
+                            std::optional<int64_t> classes = std::nullopt);
 
 }  // namespace asymq
 

@@ -224,13 +224,19 @@ def check_granularity(where: str, x: Tensor, ranges: Sequence[tuple[str, Tensor]
             )
 
 
-def check_logits(where: str, logits: Tensor) -> None:
+def check_logits(where: str, logits: Tensor, classes: int | None) -> None:
     shape = list(logits.shape)
     if len(shape) != 2:
         raise refusal(where, f"logits must have 2 dimensions, [tokens, classes], got shape {shape}")
     check_elements(where, "logits", logits)
     if shape[1] < 1:
         raise refusal(where, f"logits must have at least one class, got shape {shape}")
+    if classes is not None and not 1 <= classes <= shape[1]:
+        raise refusal(
+            where,
+            f"classes must be between 1 and the number of the logits' columns {shape[1]}, got "
+            f"{classes}",
+        )
 
 
 def check_labels(where: str, labels: Tensor, logits: Tensor) -> None:

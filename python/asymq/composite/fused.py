@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, pad, silu
 
 from asymq.composite import checks
 from asymq.composite.checks import refusal
@@ -278,8 +278,17 @@ def _quantized_attention_backward(
 # ---- cross-entropy -----------------------------------------------------------------------------
 
 
-def _check_cross_entropy(logits: Tensor, labels: Tensor, arguments: Sequence) -> Quantizer:
-    checks.check_logits("quantized_cross_entropy", logits)
+def _of_columns(dlogits: Tensor, logits: Tensor) -> Tensor:
+    """A gradient of classes, with 0 for the columns behind them."""
+    padding = logits.shape[1] - dlogits.shape[1]
+    dlogits = dlogits.to(logits.dtype)
+    return pad(dlogits, (0, padding)) if padding else dlogits
+
+
+def _check_cross_entropy(
+    logits: Tensor, labels: Tensor, arguments: Sequence, classes: int | None
+) -> Quantizer:
+    checks.check_logits("quantized_cross_entropy", logits, classes)
     checks.check_labels("quantized_cross_entropy", labels, logits)
     return Quantizer(*arguments).check("quantized_cross_entropy", "", "logits", logits)
 
@@ -292,8 +301,9 @@ def _own_classes(logits: Tensor, labels: Tensor, ignored: Tensor) -> tuple[Tenso
 
 
 def _quantized_cross_entropy(logits: Tensor, labels: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    *arguments, ignore_index = rest
-    quantizer = _check_cross_entropy(logits, labels, arguments)
+    *arguments, classes, ignore_index = rest
+    quantizer = _check_cross_entropy(logits, labels, arguments, classes)
+    logits = logits[:, :classes]
     ignored = labels == ignore_index
     own, wrong = _own_classes(logits, labels, ignored)
     if labels.device.type == "cpu" and wrong.any():
@@ -313,19 +323,19 @@ def _quantized_cross_entropy(logits: Tensor, labels: Tensor, *rest) -> tuple[Ten
 def _quantized_cross_entropy_backward(
     grad: Tensor, logits: Tensor, labels: Tensor, statistics: Tensor, *rest
 ) -> tuple[Tensor | None, ...]:
-    *arguments, ignore_index, needs = rest
+    *arguments, classes, ignore_index, needs = rest
     checks.check_grad("quantized_cross_entropy", "losses", grad, statistics.select(1, 0))
-    quantizer = _check_cross_entropy(logits, labels, arguments)
+    quantizer = _check_cross_entropy(logits, labels, arguments, classes)
     ignored = labels == ignore_index
-    own, wrong = _own_classes(logits, labels, ignored)
-    wide = _wide(logits)
+    wide = _wide(logits[:, :classes])
+    own, wrong = _own_classes(wide, labels, ignored)
     largest, log_sum = statistics.split(1, 1)
     probabilities = (quantizer.forward(wide) - largest - log_sum).exp()
     dquantized = probabilities.scatter_add(1, own, -torch.ones_like(own, dtype=wide.dtype))
     dquantized = (dquantized * grad.unsqueeze(1)).masked_fill(wrong.unsqueeze(1), torch.nan)
     dquantized = dquantized.masked_fill(ignored.unsqueeze(1), 0)
     dlogits, *of_range = quantizer.backward(dquantized, wide, needs[1:])
-    return dlogits.to(logits.dtype) if needs[0] else None, *of_range
+    return _of_columns(dlogits, logits) if needs[0] else None, *of_range
 
 
 # ---- Kullback-Leibler divergence ---------------------------------------------------------------
@@ -337,10 +347,11 @@ def _check_kl_div(
     labels: Tensor | None,
     temperature: float,
     arguments: Sequence,
+    classes: int | None,
 ) -> Quantizer:
     where = "quantized_kl_div"
-    checks.check_logits(where, logits)
-    checks.check_twin(where, "teacher_logits", teacher_logits, "the logits'", logits)
+    checks.check_logits(where, logits, classes)
+    checks.check_twin(where, "teacher_logits", teacher_logits, "the logits'", logits[:, :classes])
     if labels is not None:
         checks.check_labels(where, labels, logits)
     checks.check_positive(where, "temperature", temperature)
@@ -358,9 +369,9 @@ def _log_softmax(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _quantized_kl_div(
     logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, *rest
 ) -> tuple[Tensor, Tensor]:
-    *arguments, temperature, ignore_index = rest
-    quantizer = _check_kl_div(logits, teacher_logits, labels, temperature, arguments)
-    log_q, *student = _log_softmax(quantizer.forward(_wide(logits)) / temperature)
+    *arguments, temperature, classes, ignore_index = rest
+    quantizer = _check_kl_div(logits, teacher_logits, labels, temperature, arguments, classes)
+    log_q, *student = _log_softmax(quantizer.forward(_wide(logits[:, :classes])) / temperature)
     log_p, *teacher = _log_softmax(_wide(teacher_logits) / temperature)
     p = log_p.exp()
     # A teacher's -inf, a class that it excludes, adds nothing.
@@ -379,10 +390,10 @@ def _quantized_kl_div_backward(
     statistics: Tensor,
     *rest,
 ) -> tuple[Tensor | None, ...]:
-    *arguments, temperature, ignore_index, needs = rest
+    *arguments, temperature, classes, ignore_index, needs = rest
     checks.check_grad("quantized_kl_div", "losses", grad, statistics.select(1, 0))
-    quantizer = _check_kl_div(logits, teacher_logits, labels, temperature, arguments)
-    wide = _wide(logits)
+    quantizer = _check_kl_div(logits, teacher_logits, labels, temperature, arguments, classes)
+    wide = _wide(logits[:, :classes])
     largest, log_sum, teacher_largest, teacher_log_sum = statistics.split(1, 1)
     q = (quantizer.forward(wide) / temperature - largest - log_sum).exp()
     p = (_wide(teacher_logits) / temperature - teacher_largest - teacher_log_sum).exp()
@@ -390,7 +401,7 @@ def _quantized_kl_div_backward(
     if labels is not None:
         dquantized = dquantized.masked_fill((labels == ignore_index).unsqueeze(1), 0)
     dlogits, *of_range = quantizer.backward(dquantized, wide, needs[1:])
-    return dlogits.to(logits.dtype) if needs[0] else None, *of_range
+    return _of_columns(dlogits, logits) if needs[0] else None, *of_range
 
 
 # ---- RMSNorm -----------------------------------------------------------------------------------

@@ -118,9 +118,16 @@ def _quantized_gelu(x: Tensor, *ranges) -> Tensor:
     return _OPS._quantized_gelu.default(x, *_ranges("quantized_gelu", ranges))
 
 
-def _quantized_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, *ranges) -> Tensor:
-    quantizer = _ranges("quantized_cross_entropy", ranges)
-    return _OPS._quantized_cross_entropy.default(logits, labels, *quantizer, ignore_index)[0]
+def _quantized_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, *rest) -> Tensor:
+    range, classes = _with_classes(rest)
+    how = *_ranges("quantized_cross_entropy", range), classes, ignore_index
+    return _OPS._quantized_cross_entropy.default(logits, labels, *how)[0]
+
+
+def _with_classes(rest: tuple) -> tuple[tuple, int | None]:
+    """A range's parts, and what may be behind them."""
+    size = len(_Range._fields)
+    return rest[:size], rest[size] if len(rest) > size else None
 
 
 def _quantized_kl_div(
@@ -129,11 +136,11 @@ def _quantized_kl_div(
     labels: Tensor | None,
     temperature: float,
     ignore_index: int,
-    *ranges,
+    *rest,
 ) -> Tensor:
-    quantizer = _ranges("quantized_kl_div", ranges)
-    tensors = logits, teacher_logits, labels
-    return _OPS._quantized_kl_div.default(*tensors, *quantizer, temperature, ignore_index)[0]
+    range, classes = _with_classes(rest)
+    how = *_ranges("quantized_kl_div", range), temperature, classes, ignore_index
+    return _OPS._quantized_kl_div.default(logits, teacher_logits, labels, *how)[0]
 
 
 def _quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, *ranges) -> Tensor:

@@ -94,19 +94,19 @@ SCHEMAS = (
     f"quantized_gelu(Tensor x, {_range('input_')}, {_range('output_')}) -> Tensor",
     f"_quantized_gelu({_GELU}) -> Tensor",
     f"_quantized_gelu_backward(Tensor grad, {_GELU}, {_tensors(5)}",
-    f"quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, {_range()}) -> "
-    "Tensor",
-    f"_quantized_cross_entropy(Tensor logits, Tensor labels, {_quantizer()}, int ignore_index) -> "
-    "(Tensor losses, Tensor statistics)",
+    f"quantized_cross_entropy(Tensor logits, Tensor labels, int ignore_index, {_range()}, "
+    "int? classes=None) -> Tensor",
+    f"_quantized_cross_entropy(Tensor logits, Tensor labels, {_quantizer()}, int? classes, "
+    "int ignore_index) -> (Tensor losses, Tensor statistics)",
     "_quantized_cross_entropy_backward(Tensor grad, Tensor logits, Tensor labels, "
-    f"Tensor statistics, {_quantizer()}, int ignore_index, {_tensors(3)}",
+    f"Tensor statistics, {_quantizer()}, int? classes, int ignore_index, {_tensors(3)}",
     "quantized_kl_div(Tensor logits, Tensor teacher_logits, Tensor? labels, float temperature, "
-    f"int ignore_index, {_range()}) -> Tensor",
+    f"int ignore_index, {_range()}, int? classes=None) -> Tensor",
     f"_quantized_kl_div(Tensor logits, Tensor teacher_logits, Tensor? labels, {_quantizer()}, "
-    "float temperature, int ignore_index) -> (Tensor losses, Tensor statistics)",
+    "float temperature, int? classes, int ignore_index) -> (Tensor losses, Tensor statistics)",
     "_quantized_kl_div_backward(Tensor grad, Tensor logits, Tensor teacher_logits, "
-    f"Tensor? labels, Tensor statistics, {_quantizer()}, float temperature, int ignore_index, "
-    f"{_tensors(3)}",
+    f"Tensor? labels, Tensor statistics, {_quantizer()}, float temperature, int? classes, "
+    f"int ignore_index, {_tensors(3)}",
     f"quantized_rms_norm(Tensor x, Tensor weight, float eps, {_range('output_')}) -> Tensor",
     f"_quantized_rms_norm(Tensor x, Tensor weight, float eps, {_quantizer('output_')}) -> "
     "(Tensor normalized, Tensor statistics)",

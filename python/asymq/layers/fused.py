@@ -138,18 +138,26 @@ def softmax(
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, quantizer: Quantizer | None, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    quantizer: Quantizer | None,
+    ignore_index: int = -100,
+    classes: int | None = None,
 ) -> Tensor:
     """-log softmax(quantizer(logits))[label] of every row, 0 where the label is ignore_index.
 
-    logits: [..., classes], as they are quantized. labels: one for each row, of one dimension, which
-    the result has, in float32 (float64 for float64).
+    logits: [..., classes], as they are quantized, or with more columns that count for nothing.
+    labels: one for each row, of one dimension, which the result has, in float32 (float64 for
+    float64).
     """
-    ranges = ranges_of(logits, quantizer)
+    ranges = ranges_of(logits[..., :classes], quantizer)
     if ranges is not None:
         rows = logits.reshape(-1, logits.shape[-1])
-        return ops.quantized_cross_entropy(rows, labels, *ranges, ignore_index=ignore_index)
-    logits = apply(quantizer, logits).reshape(-1, logits.shape[-1])
+        return ops.quantized_cross_entropy(
+            rows, labels, *ranges, ignore_index=ignore_index, classes=classes
+        )
+    logits = apply(quantizer, logits[..., :classes])
+    logits = logits.reshape(-1, logits.shape[-1])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
 
@@ -161,15 +169,17 @@ def kl_div(
     quantizer: Quantizer | None,
     temperature: float,
     ignore_index: int = -100,
+    classes: int | None = None,
 ) -> Tensor:
     """T²·KL(softmax(teacher_logits/T) || softmax(quantizer(logits)/T)) of every row, T the
     temperature, 0 where the label is ignore_index.
 
-    logits, teacher_logits: [..., classes], as they are quantized. labels: one for each row, of one
-    dimension, which the result has, in float32 (float64 for float64).
+    logits, teacher_logits: [..., classes], as they are quantized, the first also with more columns
+    that count for nothing. labels: one for each row, of one dimension, which the result has, in
+    float32 (float64 for float64).
     """
-    ranges = ranges_of(logits, quantizer)
-    teacher_logits = teacher_logits.reshape(-1, logits.shape[-1])
+    ranges = ranges_of(logits[..., :classes], quantizer)
+    teacher_logits = teacher_logits.reshape(-1, teacher_logits.shape[-1])
     if ranges is not None:
         return ops.quantized_kl_div(
             logits.reshape(-1, logits.shape[-1]),
@@ -178,8 +188,10 @@ def kl_div(
             labels=labels,
             temperature=temperature,
             ignore_index=ignore_index,
+            classes=classes,
         )
-    logits = apply(quantizer, logits).reshape(-1, logits.shape[-1])
+    logits = apply(quantizer, logits[..., :classes])
+    logits = logits.reshape(-1, logits.shape[-1])
     wide = torch.promote_types(logits.dtype, torch.float32)
     student = torch.log_softmax(logits.to(wide) / temperature, -1)
     target = torch.softmax(teacher_logits.to(wide) / temperature, -1)

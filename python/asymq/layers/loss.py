@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +19,24 @@ from asymq.quantizers import QuantAct
 _UNQUANTIZED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+_thread = threading.local()
+
+
+@contextmanager
+def teaching() -> Iterator[None]:
+    """A forward without a graph whose logits a loss reads beside those of one with: aligned as
+    those are."""
+    _thread.aligning = True
+    try:
+        yield
+    finally:
+        _thread.aligning = False
+
+
+def aligning() -> bool:
+    return getattr(_thread, "aligning", False)
+
+
 def keep_unquantized(logits: Tensor, raw: Tensor, quantizer: QuantAct) -> None:
     """Keeps what logits were before their quantizer, as long as they live, if they are part of a
     graph, which keeps it anyway."""
@@ -23,8 +45,8 @@ def keep_unquantized(logits: Tensor, raw: Tensor, quantizer: QuantAct) -> None:
 
 
 def unquantized(logits: Tensor) -> tuple[Tensor, QuantAct] | None:
-    """What a head's output was before its quantizer, and that; None for any other tensor, and for
-    logits that were changed since."""
+    """What a head's output was before its quantizer, with the columns that it was padded with, and
+    that; None for any other tensor, and for logits that were changed since."""
     if torch.compiler.is_compiling():
         return None
     kept = _UNQUANTIZED.get(logits)
@@ -60,7 +82,8 @@ def causal_lm_loss(
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.flatten().to(raw.device)
-    losses = fused.cross_entropy(raw, shift_labels, quantizer, ignore_index)
+    classes = logits.shape[-1] if logits.shape != raw.shape else None
+    losses = fused.cross_entropy(raw, shift_labels, quantizer, ignore_index, classes)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
     elif isinstance(num_items_in_batch, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymq.layers import fused
-from asymq.layers.loss import causal_lm_loss, unquantized
+from asymq.layers.loss import causal_lm_loss, teaching, unquantized
 from asymq.quantizers import OFF, Quantizer, named_quantizers
 from asymq.wrappers import evaluating, unwrap, wrapper_of
 
@@ -118,13 +118,21 @@ class SelfDistillation:
             )
         raw, quantizer = unquantized(logits) or (logits, None)
         labels = torch.where(counted, 0, IGNORED).flatten()
-        return fused.kl_div(raw, target.to(raw), labels, quantizer, self.temperature, IGNORED)
+        return fused.kl_div(
+            raw,
+            target.to(raw),
+            labels,
+            quantizer,
+            self.temperature,
+            IGNORED,
+            logits.shape[-1] if logits.shape != raw.shape else None,
+        )
 
     def _teach(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The teacher's logits, and its hidden outputs."""
         with torch.no_grad():
             if self.teacher is None:
-                with _without_quantizers(self.model), self._watch(self.model) as hidden:
+                with _without_quantizers(self.model), teaching(), self._watch(self.model) as hidden:
                     return _logits_of(self.model(**inputs)).detach(), hidden
             if not isinstance(self.teacher, nn.Module):
                 return _logits_of(self.teacher(**inputs)).detach(), {}
