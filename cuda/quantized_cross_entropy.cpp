@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy(const at::Tensor& log
     launch_cross_entropy_forward<S, P>(operands<S>(dense, dense_labels, {}, ignore_index),
                                        of_logits.pointers<P>(), output<Compute<S>>(losses),
                                        output<Compute<S>>(statistics),
-                                       at::cuda::getCurrentCUDAStream());
+                                       c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {losses, statistics};
@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward(
     launch_cross_entropy_backward<S, P>(
         operands<S>(dense, dense_labels, dlogits, ignore_index), of_logits.pointers<P>(),
         input<Compute<S>>(upstream), input<Compute<S>>(statistics), output<S>(dlogits),
-        output<double>(workspace), overlaps(), at::cuda::getCurrentCUDAStream());
+        output<double>(workspace), overlaps(), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dlogits, of_logits.first, of_logits.second};
