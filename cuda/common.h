@@ -3,14 +3,16 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "kernels/plan.h"
 #include "kernels/quantizer.h"
@@ -107,10 +109,30 @@ inline bool all_aligned(std::initializer_list<at::Tensor> tensors) {
   return std::all_of(tensors.begin(), tensors.end(), aligned);
 }
 
-inline int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
+struct DeviceProperties {
+  int multiprocessors = 0, major = 0;
+};
+
+/// Of the current device, asked for once. (at::cuda has them too, but its headers need those of
+/// cuBLAS, cuSPARSE and cuSOLVER.)
+inline const DeviceProperties& device_properties() {
+  static const std::vector<DeviceProperties> all = [] {
+    std::vector<DeviceProperties> devices(c10::cuda::device_count());
+    for (int i = 0; auto& device : devices) {
+      C10_CUDA_CHECK(
+          cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, i));
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, i));
+      ++i;
+    }
+    return devices;
+  }();
+  return all.at(c10::cuda::current_device());
+}
+
+inline int multiprocessors() { return device_properties().multiprocessors; }
 
 /// Whether a kernel may start while the one before it runs.
-inline bool overlaps() { return at::cuda::getCurrentDeviceProperties()->major >= 9; }
+inline bool overlaps() { return device_properties().major >= 9; }
 
 /// others: what else the kernel reads or writes. sums: it is a backward that sums.
 inline Plan plan_for(const detail::Layout& layout, bool sums, const at::Tensor& x,

@@ -19,7 +19,7 @@ at::Tensor fake_quantize(const at::Tensor& x, const GranularQuantizer& quantizer
     using S = decltype(element);
     using P = decltype(range);
     launch_forward<S, P>(plan, layout, kind, ranges.pointers<P>(), input<S>(x), output<S>(out),
-                         at::cuda::getCurrentCUDAStream());
+                         c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_backward(
     using P = decltype(range);
     launch_backward<S, P>(plan, layout, kind, ranges.pointers<P>(), input<S>(upstream), input<S>(x),
                           output<S>(dx), output<P>(first_grad), output<P>(second_grad),
-                          output<double>(workspace), at::cuda::getCurrentCUDAStream());
+                          output<double>(workspace), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dx, first_grad, second_grad};

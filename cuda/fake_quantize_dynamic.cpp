@@ -32,7 +32,7 @@ at::Tensor fake_quantize_dynamic(const at::Tensor& x, const LiveQuantizer& quant
     using P = decltype(range);
     launch_dynamic_forward<S, P>(plan, live_factors<P>(kind, quantizer.token, groups),
                                  input<S>(groups.x()), output<S>(out), output<double>(workspace),
-                                 at::cuda::getCurrentCUDAStream());
+                                 c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return groups.restore(out);
@@ -66,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quantize_dynamic_backward(
     launch_dynamic_backward<S, P>(plan, live_factors<P>(kind, quantizer.token, groups),
                                   input<S>(upstream), input<S>(groups.x()), output<S>(dx),
                                   output<P>(first_grad), output<P>(second_grad),
-                                  output<double>(workspace), at::cuda::getCurrentCUDAStream());
+                                  output<double>(workspace), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {needs[0] ? groups.restore(dx) : dx, first_grad, second_grad};

@@ -23,7 +23,7 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, const Optional
     dispatch_code_types(codes, [&](auto code) {
       using Code = decltype(code);
       launch_quantize<S, P, Code>(layout, kind, ranges.pointers<P>(), input<S>(x),
-                                  output<Code>(codes), at::cuda::getCurrentCUDAStream());
+                                  output<Code>(codes), c10::cuda::getCurrentCUDAStream());
     });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -48,7 +48,7 @@ at::Tensor update_codes_(const at::Tensor& codes, const at::Tensor& x, const at:
       using Code = std::make_unsigned_t<decltype(code)>;
       launch_update_codes<S, P, Code>(plan, layout, kind, ranges.pointers<P>(), input<S>(x),
                                       output<Code>(target), output<int64_t>(changed),
-                                      at::cuda::getCurrentCUDAStream());
+                                      c10::cuda::getCurrentCUDAStream());
     });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -69,7 +69,7 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale,
     dispatch_code_types(codes, [&](auto code) {
       using Code = decltype(code);
       launch_dequantize<P, Code>(layout, kind, ranges.pointers<P>(), input<Code>(codes),
-                                 output<P>(out), at::cuda::getCurrentCUDAStream());
+                                 output<P>(out), c10::cuda::getCurrentCUDAStream());
     });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -87,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor> effective_scale_offset(const GranularQuantize
   dispatch_range_types(first, [&](auto range) {
     using P = decltype(range);
     launch_effective_scale_offset<P>(first.numel(), kind, ranges.pointers<P>(), output<P>(scale),
-                                     output<P>(offset), at::cuda::getCurrentCUDAStream());
+                                     output<P>(offset), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {scale, offset};

@@ -121,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_attention(
   dispatch_tensor_core_types(query, [&](auto element) {
     using S = decltype(element);
     launch_attention_forward<S>(operands.pointers<S>(before, after), output_heads<S>(out),
-                                output<float>(statistics), at::cuda::getCurrentCUDAStream());
+                                output<float>(statistics), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {out, statistics};
@@ -159,7 +159,7 @@ AttentionGradientTensors quantized_attention_backward(
         {input_heads<S>(upstream), input_heads<S>(context), input<float>(of_rows),
          output<float>(dots), output<double>(workspace), output_heads<S>(dquery),
          output_heads<S>(dkey), output_heads<S>(dvalue)},
-        overlaps(), at::cuda::getCurrentCUDAStream());
+        overlaps(), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dquery, dkey, dvalue, before.first, before.second, after.first, after.second};

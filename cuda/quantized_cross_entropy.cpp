@@ -37,7 +37,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_cross_entropy(const at::Tensor& log
     launch_cross_entropy_forward<S, P>(operands<S>(dense, dense_labels, {}, classes, ignore_index),
                                        of_logits.pointers<P>(), output<Compute<S>>(losses),
                                        output<Compute<S>>(statistics),
-                                       at::cuda::getCurrentCUDAStream());
+                                       c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {losses, statistics};
@@ -61,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_cross_entropy_backward(
     launch_cross_entropy_backward<S, P>(
         operands<S>(dense, dense_labels, dlogits, classes, ignore_index), of_logits.pointers<P>(),
         input<Compute<S>>(upstream), input<Compute<S>>(statistics), output<S>(dlogits),
-        output<double>(workspace), overlaps(), at::cuda::getCurrentCUDAStream());
+        output<double>(workspace), overlaps(), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dlogits, of_logits.first, of_logits.second};

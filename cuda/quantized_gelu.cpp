@@ -19,7 +19,7 @@ at::Tensor quantized_gelu(const at::Tensor& x, const QuantizerArguments& input_q
     using S = decltype(element);
     using P = decltype(range);
     launch_gelu_forward<S, P>(plan, before.pointers<P>(), after.pointers<P>(), input<S>(dense),
-                              output<S>(out), at::cuda::getCurrentCUDAStream());
+                              output<S>(out), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
@@ -43,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantized
     using P = decltype(range);
     launch_gelu_backward<S, P>(plan, before.pointers<P>(), after.pointers<P>(), input<S>(upstream),
                                input<S>(dense), output<S>(dx), output<double>(workspace),
-                               at::cuda::getCurrentCUDAStream());
+                               c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dx, before.first, before.second, after.first, after.second};

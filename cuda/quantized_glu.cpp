@@ -36,7 +36,7 @@ at::Tensor quantized_glu(const at::Tensor& given_gate, const at::Tensor& given_u
     using P = decltype(range);
     launch_glu_forward<S, P>(glu_plan_for(gate, false), product.pointers<P>(), is_tanh(activation),
                              input<S>(gate), input<S>(up), output<S>(out),
-                             at::cuda::getCurrentCUDAStream());
+                             c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
@@ -61,7 +61,7 @@ GluGradients quantized_glu_backward(const at::Tensor& grad, const at::Tensor& gi
     using P = decltype(range);
     launch_glu_backward<S, P>(plan, product.pointers<P>(), is_tanh(activation), input<S>(upstream),
                               input<S>(gate), input<S>(up), output<S>(dgate), output<S>(dup),
-                              output<double>(workspace), at::cuda::getCurrentCUDAStream());
+                              output<double>(workspace), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dgate, dup, {}, {}, {}, {}, {}, {}, product.first, product.second};

@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_kl_div(
     using P = decltype(range);
     launch_kl_div_forward<S, P>(inputs.operands<S>({}, temperature, ignore_index),
                                 of_logits.pointers<P>(), output<Compute<S>>(losses),
-                                output<Compute<S>>(statistics), at::cuda::getCurrentCUDAStream());
+                                output<Compute<S>>(statistics), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {losses, statistics};
@@ -76,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantized_kl_div_backward(
     launch_kl_div_backward<S, P>(
         inputs.operands<S>(dlogits, temperature, ignore_index), of_logits.pointers<P>(),
         input<Compute<S>>(upstream), input<Compute<S>>(statistics), output<S>(dlogits),
-        output<double>(workspace), overlaps(), at::cuda::getCurrentCUDAStream());
+        output<double>(workspace), overlaps(), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dlogits, of_logits.first, of_logits.second};

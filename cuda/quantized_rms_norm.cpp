@@ -35,9 +35,9 @@ std::tuple<at::Tensor, at::Tensor> quantized_rms_norm(const at::Tensor& given, c
   dispatch_types(x, quantizer.range_like(x), [&](auto element, auto range) {
     using S = decltype(element);
     using P = decltype(range);
-    launch_rms_norm_forward<S, P>(rms_norm_plan_for(x, false), quantizer.pointers<P>(), input<S>(x),
-                                  input<S>(weight), eps, output<S>(out),
-                                  output<Compute<S>>(statistics), at::cuda::getCurrentCUDAStream());
+    launch_rms_norm_forward<S, P>(
+        rms_norm_plan_for(x, false), quantizer.pointers<P>(), input<S>(x), input<S>(weight), eps,
+        output<S>(out), output<Compute<S>>(statistics), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {out, statistics};
@@ -67,7 +67,7 @@ RmsNormGradients quantized_rms_norm_backward(const at::Tensor& grad, const at::T
     launch_rms_norm_backward<S, P>(plan, quantizer.pointers<P>(), input<S>(upstream), input<S>(x),
                                    input<S>(weight), input<T>(statistics), output<S>(dx),
                                    output<S>(dweight), output<double>(workspace),
-                                   output<T>(weight_sums), at::cuda::getCurrentCUDAStream());
+                                   output<T>(weight_sums), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dx, dweight, quantizer.first, quantizer.second};

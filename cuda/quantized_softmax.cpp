@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> quantized_softmax(const at::Tensor& scores,
     using P = decltype(range);
     launch_softmax_forward<S, P>(plan, operands<S, P>(dense, mask_tensor, before, after),
                                  output<S>(out), output<Compute<S>>(statistics),
-                                 at::cuda::getCurrentCUDAStream());
+                                 c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {out, statistics};
@@ -79,7 +79,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantized
     launch_softmax_backward<S, P>(plan, operands<S, P>(dense, mask_tensor, before, after),
                                   input<S>(upstream), input<Compute<S>>(statistics),
                                   output<S>(dscores), output<double>(workspace),
-                                  at::cuda::getCurrentCUDAStream());
+                                  c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {dscores, before.first, before.second, after.first, after.second};

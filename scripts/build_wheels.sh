@@ -18,16 +18,21 @@ dist=$PWD/dist source=$work/source
 mkdir -p "$dist" "$source"
 git archive HEAD | tar -x -C "$source"
 
-# done_with FILE SECONDS: what a wheel cost.
-done_with() { printf '%5d s %8s  %s\n' "$2" "$(du -h "$1" | cut -f1)" "$(basename "$1")"; }
+# into_dist SECONDS FILE...: says what they cost. A copy may break off: it has its name when it is whole.
+into_dist() {
+  local file
+  for file in "${@:2}"; do
+    cp "$file" "$dist/.part"
+    mv "$dist/.part" "$dist/${file##*/}"
+    printf '%5d s %8s  %s\n' "$1" "$(du -h "$file" | cut -f1)" "${file##*/}"
+  done
+}
 
 start=$SECONDS
 "$python" -m venv "$work/pure"
 "$work/pure/bin/pip" install --quiet build
-"$work/pure/bin/python" -m build --outdir "$dist" "$source" >/dev/null
-for file in "$dist"/asymq-*.tar.gz "$dist"/asymq-*-py3-none-any.whl; do
-  done_with "$file" $((SECONDS - start))
-done
+"$work/pure/bin/python" -m build --outdir "$work/made" "$source" >/dev/null
+into_dist $((SECONDS - start)) "$work"/made/*
 
 nvcc=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 toolkit=
@@ -59,8 +64,7 @@ native() {
   # torch brings these. Where the C library is newer than manylinux's, so is the wheel's tag.
   auditwheel repair --wheel-dir "$raw/repaired" --exclude 'libtorch*' --exclude 'libc10*' \
     --exclude 'libcudart*' --exclude 'libgomp*' "$raw"/*.whl >/dev/null
-  mv "$raw"/repaired/*.whl "$dist"
-  done_with "$(ls -t "$dist"/*.whl | head -1)" $((SECONDS - start))
+  into_dist $((SECONDS - start)) "$raw"/repaired/*
 }
 
 for torch in "${torches[@]}"; do

@@ -105,7 +105,9 @@ void QuantLayerImpl<Derived, Float>::register_all(
               "std::nullopt");
 
   for (const auto& item : layer_->named_parameters(/*recurse=*/false)) {
-    this->register_parameter(item.key(), item.value(), item.value().requires_grad());
+    // A weight is tied by the member, which the layer computes with; its own is still registered.
+    const at::Tensor& value = item.key() == "weight" ? layer_->weight : item.value();
+    this->register_parameter(item.key(), value, value.requires_grad());
   }
   weight = layer_->weight;
   if constexpr (requires { layer_->bias; }) bias = layer_->bias;
@@ -139,6 +141,16 @@ at::Tensor QuantLayerImpl<Derived, Float>::forward(const at::Tensor& x) {
   if constexpr (requires { layer.bias; }) layer.bias = bias;
   const at::Tensor y = layer.forward(input_quantizer ? input_quantizer(x) : x);
   return output_quantizer ? output_quantizer(y) : y;
+}
+
+template <typename Derived, typename Float>
+void QuantLayerImpl<Derived, Float>::share_weight_quantizer(const QuantLayer& other) {
+  TORCH_CHECK(weight.is_same(other.weight), label_of(*layer_),
+              ": the other layer's weight is another tensor, with ranges of its own: only tied "
+              "layers share a weight quantizer");
+  if (weight_quantizer) this->unregister_module("weight_quantizer");
+  weight_quantizer = other.weight_quantizer;
+  if (weight_quantizer) this->register_module("weight_quantizer", weight_quantizer);
 }
 
 template <typename Derived, typename Float>

@@ -196,11 +196,11 @@ std::vector<at::Tensor> range_parameters(const torch::nn::Module& model) {
 }
 
 std::vector<at::Tensor> weight_parameters(const torch::nn::Module& model) {
-  std::unordered_set<const c10::TensorImpl*> ranges;
-  for (const auto& range : ranges_of(model)) ranges.insert(range.unsafeGetTensorImpl());
+  std::unordered_set<const c10::TensorImpl*> seen;
+  for (const auto& range : ranges_of(model)) seen.insert(range.unsafeGetTensorImpl());
   std::vector<at::Tensor> weights;
   for (const auto& parameter : model.parameters()) {
-    if (!ranges.contains(parameter.unsafeGetTensorImpl())) weights.push_back(parameter);
+    if (seen.insert(parameter.unsafeGetTensorImpl()).second) weights.push_back(parameter);
   }
   return weights;
 }

@@ -165,6 +165,37 @@ std::vector<std::string> shared(const torch::nn::Module& model) {
   return alike(lines);
 }
 
+/// Weights by their quantizers.
+using Weights = std::unordered_map<const QuantizerImpl*, const c10::TensorImpl*>;
+
+Weights weights_of(const torch::nn::Module& model) {
+  Weights weights;
+  model.apply([&](const torch::nn::Module& module) {
+    const auto* layer = dynamic_cast<const QuantLayer*>(&module);
+    if (layer != nullptr && layer->weight_quantizer) {
+      weights.emplace(layer->weight_quantizer.get(), layer->weight.unsafeGetTensorImpl());
+    }
+  });
+  return weights;
+}
+
+/// Quantizers of one weight, which learn a range each.
+std::vector<std::string> rivals(const torch::nn::Module& model, const Weights& weights) {
+  std::unordered_map<const c10::TensorImpl*, std::vector<std::string>> names;
+  for (const auto& item : named_quantizers(model)) {
+    const auto found = weights.find(item.value().get());
+    if (found != weights.end()) names[found->second].push_back(item.key());
+  }
+  std::vector<std::string> lines;
+  for (const auto& [weight, quantizers] : names) {
+    if (quantizers.size() > 1) {
+      lines.push_back(c10::Join(", ", quantizers) + ": several quantizers of one weight");
+    }
+  }
+  std::sort(lines.begin(), lines.end());
+  return alike(lines);
+}
+
 std::string with_commas(int64_t count) {
   const std::string digits = std::to_string(count);
   std::string text;
@@ -176,14 +207,9 @@ std::string with_commas(int64_t count) {
 }
 
 /// The parameters without a quantizer, as a share of all; empty where there is none.
-std::string unquantized(const torch::nn::Module& model) {
+std::string unquantized(const torch::nn::Module& model, const Weights& weights) {
   std::unordered_set<const c10::TensorImpl*> quantized, seen;
-  model.apply([&](const torch::nn::Module& module) {
-    const auto* layer = dynamic_cast<const QuantLayer*>(&module);
-    if (layer != nullptr && layer->weight_quantizer) {
-      quantized.insert(layer->weight.unsafeGetTensorImpl());
-    }
-  });
+  for (const auto& [quantizer, weight] : weights) quantized.insert(weight);
   for (const auto& item : named_quantizers(model)) {
     for (const Tensor& tensor : item.value()->parameters())
       seen.insert(tensor.unsafeGetTensorImpl());
@@ -216,7 +242,9 @@ std::string summary(const torch::nn::Module& model) {
   }
   auto lines = lines_of(rows);
   auto notes = shared(model);
-  if (auto text = unquantized(model); !text.empty()) notes.push_back(std::move(text));
+  const auto weights = weights_of(model);
+  for (auto& line : rivals(model, weights)) notes.push_back(std::move(line));
+  if (auto text = unquantized(model, weights); !text.empty()) notes.push_back(std::move(text));
   if (!notes.empty()) lines.emplace_back();
   lines.insert(lines.end(), notes.begin(), notes.end());
   return c10::Join("\n", lines);

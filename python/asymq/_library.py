@@ -1,21 +1,47 @@
 """Chooses what implements the operators: the native library where one fits this torch, else single
 operations of PyTorch. ASYMQ_NATIVE=0 chooses the latter, ASYMQ_NATIVE=1 makes it an error."""
 
+import json
 import os
+import shlex
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = PACKAGE / "lib" / "libasymq.so"
-_BUILD = "in its source folder run: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def _source() -> list[str] | None:
+    """What pip makes asymq of: the source folder that this package lies in or was installed from,
+    the index that it came from; None where pip recorded neither."""
+    folder = PACKAGE.parents[1]
+    if (folder / "csrc").is_dir():
+        return ["--editable", str(folder)]
+    for package in metadata.distributions(name="asymq", path=[str(PACKAGE.parent)]):
+        origin = json.loads(package.read_text("direct_url.json") or "{}")
+        if not origin:
+            return ["--no-binary", "asymq", f"asymq=={_build.VERSION}"]
+        if "dir_info" in origin:
+            return [origin["url"]]
+    return None
+
+
+def _build_command() -> str:
+    """The one line that builds asymq against this torch."""
+    source = _source()
+    options = ["--no-build-isolation", "--force-reinstall", "--no-deps", *(source or ["."])]
+    where = "" if source else "in its source folder "
+    return f"{where}run: {shlex.join([sys.executable, '-m', 'pip', 'install', *options])}"
+
 
 try:
     from asymq import _build
 except ImportError:
-    raise ImportError(f"asymq in {PACKAGE} has not been built; {_BUILD}") from None
+    raise ImportError(f"asymq in {PACKAGE} has not been built; {_build_command()}") from None
 
 _implementation = "composite"
 _reason = ""
@@ -40,16 +66,6 @@ def _load_native() -> None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         raise ImportError(f"asymq could not load {LIBRARY}: {error}") from error
-
-
-def _install_command() -> str:
-    if sys.platform != "linux":
-        return f"there is none for {sys.platform}"
-    return (
-        f"for those of torch {torch.__version__} run: {sys.executable} -m pip install "
-        "--no-build-isolation --force-reinstall --no-deps --no-binary asymq "
-        f"asymq=={_build.VERSION}"
-    )
 
 
 def implementation() -> str:
@@ -77,11 +93,14 @@ def load() -> None:
             _load_native()
         except ImportError as error:
             if wanted == "1":
-                raise ImportError(f"{error}; {_BUILD}") from error.__cause__
+                raise ImportError(f"{error}; {_build_command()}") from error.__cause__
             _reason = str(error)
+            native = f"for those of torch {torch.__version__} {_build_command()}"
+            if sys.platform != "linux":
+                native = f"there are none for {sys.platform}"
             warnings.warn(
                 f"asymq runs on composite operators, slower than native ones: {_reason}; "
-                f"{_install_command()} (ASYMQ_NATIVE=0 silences this)",
+                f"{native} (ASYMQ_NATIVE=0 silences this)",
                 stacklevel=2,
             )
         else:

@@ -1,5 +1,6 @@
 // Quantized layers of asymq/nn.h: what each computes, learns, keeps and refuses.
 #include <asymq/nn.h>
+#include <torch/nn/modules/container/sequential.h>
 #include <torch/serialize.h>
 
 #include <sstream>
@@ -224,6 +225,36 @@ TEST_P(LayersTest, Refusals) {
   expect_error(
       [&] { fresh(at::zeros({1}, at::kLong)); },
       {"QuantEmbedding(num_embeddings=7, embedding_dim=12).weight_quantizer", "calibrate"});
+}
+
+TEST_P(LayersTest, TiedWeightsHaveOneQuantizer) {
+  torch::nn::Embedding embedding(7, 8);
+  torch::nn::Linear head(torch::nn::LinearOptions(8, 7).bias(false));
+  head->weight = embedding->weight;
+  const auto groups = default_weight().bits(3).granularity(PerGroup{4});
+  const auto first = QuantEmbedding::from_float(embedding, groups);
+  const auto last = QuantLinear::from_float(head, *first, act());
+  EXPECT_TRUE(last->weight_quantizer.ptr() == first->weight_quantizer.ptr());
+  torch::nn::Sequential net(first, last);
+  net->to(device());
+  EXPECT_EQ(named_quantizers(*net).keys(),
+            (std::vector<std::string>{"0.weight_quantizer", "1.output_quantizer"}));
+  ASSERT_EQ(weight_parameters(*net).size(), 1u);
+  EXPECT_TRUE(weight_parameters(*net)[0].is_same(embedding->weight));
+
+  const Tensor tokens = at::arange(7).to(device());
+  calibrate(*net, [&] { net->forward(tokens); });
+  net->forward(tokens).square().sum().backward();
+  EXPECT_EQ(range_parameters(*net).size(), 2u);
+  for (const Tensor& range : range_parameters(*net)) EXPECT_TRUE(range.grad().defined());
+  const auto copy = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(net->clone());
+  EXPECT_TRUE(bit_equal(copy->forward(tokens), net->forward(tokens)));
+
+  const torch::nn::Linear other(8, 7);
+  expect_error([&] { QuantLinear::from_float(other, *first); },
+               {"asymq::nn::QuantLinear(in_features=8", "another tensor", "tied"});
+  const auto plain = QuantEmbedding::from_float(embedding, std::nullopt);
+  EXPECT_TRUE(named_quantizers(*QuantLinear::from_float(head, *plain)).is_empty());
 }
 
 // What holds of every layer: `float_layer` with its quantized counterpart, and an input.

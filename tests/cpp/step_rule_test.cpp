@@ -172,6 +172,10 @@ TEST_P(StepRuleTest, AGroupOfRangesHasItsOwnOptionsAndNoDecay) {
   expect_error([&] { add_range_parameters(optimizer, *one, torch::optim::AdamWOptions(1e-3)); },
                {"add_range_parameters", "own type"});
   EXPECT_EQ(optimizer.param_groups().size(), 2u);
+  torch::optim::LBFGS one_group(weight_parameters(*one), torch::optim::LBFGSOptions(1));
+  expect_error([&] { add_range_parameters(one_group, *one, torch::optim::LBFGSOptions(1)); },
+               {"add_range_parameters", "LBFGS steps its first group alone", "as one group"});
+  EXPECT_EQ(one_group.param_groups().size(), 1u);
 }
 
 }  // namespace

@@ -39,6 +39,20 @@ name                kind         bits  granularity  parameterization        rang
 not quantized: 1,080 of 9,216 parameters (11.72%): *.bias, 4.weight)");
 }
 
+TEST(SummaryTest, SaysWhereAWeightHasSeveralQuantizers) {
+  torch::nn::Embedding embedding(4, 8);
+  torch::nn::Linear head(torch::nn::LinearOptions(8, 4).bias(false));
+  head->weight = embedding->weight;
+  const auto first = QuantEmbedding::from_float(embedding);
+  const std::string text = summary(*torch::nn::Sequential(first, QuantLinear::from_float(head)));
+  EXPECT_EQ(text.substr(text.find("\n\n")),
+            "\n\n0.weight_quantizer, 1.weight_quantizer: several quantizers of one weight");
+  const std::string tied =
+      summary(*torch::nn::Sequential(first, QuantLinear::from_float(head, *first)));
+  EXPECT_EQ(tied.substr(tied.find("\n\n")),
+            "\n\n0.weight_quantizer: one quantizer with 1.weight_quantizer");
+}
+
 TEST(SummaryTest, OfNothingIsAHead) {
   torch::nn::Sequential net;
   EXPECT_EQ(summary(*net),

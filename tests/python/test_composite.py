@@ -283,6 +283,41 @@ def test_a_library_that_does_not_fit(copied, version, why):
     assert message.startswith("ImportError: asymq") and why in message and "pip install" in message
 
 
+@pytest.mark.parametrize(
+    "record, where, expected",
+    [
+        ("", "; for those of torch", f"--no-binary asymq asymq=={asymq.__version__}"),
+        ('{"url": "file:///a%20b", "dir_info": {}}', "; for those of torch", "file:///a%20b"),
+        ('{"url": "file:///a.whl", "archive_info": {}}', "in its source folder", "."),
+        (None, "in its source folder", "."),
+    ],
+    ids=["index", "folder", "wheel", "copy"],
+)
+def test_the_command_is_for_where_it_came_from(record, where, expected, copied):
+    """What pip recorded of it; of an index nothing."""
+    built_for(copied, "2.3.1")
+    if record is not None:
+        info = copied / f"asymq-{asymq.__version__}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: asymq\nVersion: {asymq.__version__}\n")
+        if record:
+            (info / "direct_url.json").write_text(record)
+    (line,) = [x for x in run(SAY, path=copied, native=None).stderr.splitlines() if "pip" in x]
+    options = "-m pip install --no-build-isolation --force-reinstall --no-deps"
+    assert where in line and f"run: {sys.executable} {options} {expected} (ASYMQ" in line
+
+
+def test_the_command_of_a_source_folder_builds_it_there(copied):
+    folder = copied / "python"
+    folder.mkdir()
+    (copied / "asymq").rename(folder / "asymq")
+    (copied / "csrc").mkdir()
+    (folder / "asymq" / "_build.py").unlink()
+    message = run(SAY, path=folder, native=None).stderr.splitlines()[-1]
+    assert "has not been built; run: " in message
+    assert message.endswith(f"--no-deps --editable {copied}")
+
+
 def test_a_library_that_cannot_be_loaded(copied):
     (copied / "asymq" / "lib" / "libasymq.so").unlink()
     result = run(SAY, path=copied, native=None)

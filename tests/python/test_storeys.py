@@ -23,7 +23,7 @@ STOREYS = [
     {"__main__", "experiments"},
 ]
 LEVELS = {name: level for level, names in enumerate(STOREYS) for name in names}
-# Of what is built, CMake writes _build.py.
+# The build writes _build.py.
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_build.py"]
 
 

@@ -44,6 +44,12 @@ def test_cuda_kernels_know_no_torch():
         assert not [n for n in names if re.match(r"torch/|ATen/|c10/|ops/", n)], path.name
 
 
+def test_cuda_needs_no_headers_but_those_of_its_runtime():
+    """ATen/cuda's include those of cuBLAS, cuSPARSE and cuSOLVER: packages of their own."""
+    needing = [p.name for p in sources("cuda") if any("ATen/cuda" in n for n in includes(p))]
+    assert needing == []
+
+
 def test_device_code_is_in_kernels():
     outside = [p for p in sources("cuda") if p.parent.name != "kernels"]
     assert not [p.name for p in outside if p.suffix in (".cu", ".cuh")]

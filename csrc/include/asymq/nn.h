@@ -20,6 +20,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/modules/normalization.h>
 #include <torch/nn/pimpl.h>
+#include <torch/optim/lbfgs.h>
 #include <torch/optim/optimizer.h>
 #include <torch/ordered_dict.h>
 
@@ -33,6 +34,7 @@
 #include <ostream>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <typeinfo>
 #include <utility>
 #include <variant>
@@ -253,6 +255,10 @@ class QuantLayerImpl : public torch::nn::Cloneable<Derived>, public QuantLayer {
   /// x: what Float takes.
   at::Tensor forward(const at::Tensor& x);
 
+  /// Quantizes the weight with what `other` does, so that the two learn one range. Error: the
+  /// weight of `other` is another tensor.
+  void share_weight_quantizer(const QuantLayer& other);
+
   /// From an archive of this layer or of a Float, whose weights leave the quantizers uncalibrated.
   void load(torch::serialize::InputArchive& archive) override;
 
@@ -281,6 +287,20 @@ class QuantLayerHolder : public torch::nn::ModuleHolder<Implementation> {
       const std::optional<QuantActOptions>& output = std::nullopt,
       const std::optional<QuantActOptions>& input = std::nullopt) {
     return std::make_shared<Impl>(layer.ptr(), weight, output, input);
+  }
+
+  /// The same of a layer that is tied to `other`, as a head to its embedding: their one weight has
+  /// one quantizer. A clone has copies of both, as of torch's tied layers. Error: the weight of
+  /// `other` is another tensor.
+  static QuantLayerHolder from_float(const torch::nn::ModuleHolder<typename Impl::Float>& layer,
+                                     const QuantLayer& other,
+                                     const std::optional<QuantActOptions>& output = std::nullopt,
+                                     const std::optional<QuantActOptions>& input = std::nullopt) {
+    const Quantizer& shared = other.weight_quantizer;
+    auto made =
+        from_float(layer, shared ? std::optional(shared->options) : std::nullopt, output, input);
+    made->share_weight_quantizer(other);
+    return made;
   }
 };
 
@@ -438,18 +458,22 @@ std::vector<at::Tensor> range_parameters(const torch::nn::Module& model);
 /// Adds the learned range tensors to an optimizer, as a group with exactly these options, but
 /// without weight decay, which would shrink the ranges. (The constructors of torch::optim cannot
 /// tell an option of a group that equals its default from one that was left out.)
-/// Error: options of another optimizer, or no learned ranges.
+/// Error: options of another optimizer, no learned ranges, or LBFGS, which has one group: give its
+/// constructor weight_parameters and range_parameters together.
 template <typename Options>
 void add_range_parameters(torch::optim::Optimizer& optimizer, const torch::nn::Module& model,
                           Options options) {
   TORCH_CHECK(typeid(optimizer.defaults()) == typeid(options),
               "asymq::nn::add_range_parameters: options must be of the optimizer's own type");
+  TORCH_CHECK((!std::is_same_v<Options, torch::optim::LBFGSOptions>),
+              "asymq::nn::add_range_parameters: LBFGS steps its first group alone, and the ranges "
+              "would not learn: give its constructor both kinds of parameters as one group");
   if constexpr (requires { options.weight_decay(0); }) options.weight_decay(0);
   optimizer.add_param_group(torch::optim::OptimizerParamGroup(range_parameters(model)));
   optimizer.param_groups().back().set_options(std::make_unique<Options>(std::move(options)));
 }
 
-/// All parameters but the range tensors, for an optimizer.
+/// All parameters but the range tensors, for an optimizer; a tied one once.
 std::vector<at::Tensor> weight_parameters(const torch::nn::Module& model);
 
 /// Makes the weight_parameters require no gradient.
@@ -491,7 +515,8 @@ class StepRule {
 /// A table with one row per quantizer: name, kind, bits, granularity, parameterization, range (the
 /// outermost ends where there are several, per token the factors) and how many of its ranges have
 /// collapsed, which is a raw scale of at most eps. Below it the quantizers that stand in several
-/// places, and what is not quantized, biases included, as a share of all parameters.
+/// places, those that are several of one weight (from_float of a tied layer makes them one), and
+/// what is not quantized, biases included, as a share of all parameters.
 std::string summary(const torch::nn::Module& model);
 
 }  // namespace asymq::nn

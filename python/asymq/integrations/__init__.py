@@ -45,11 +45,13 @@ class _Both(Loader):
 
 
 def _import_integration(name: str) -> None:
-    """An import of another library goes on where asymq does not know that version of it."""
+    """An import of another library goes on where asymq does not know that version of it, whatever
+    error that gives."""
     try:
         importlib.import_module(_ADDS_TO[name])
-    except ImportError as error:
-        warnings.warn(f"asymq: {_ADDS_TO[name]} is not available: {error}", stacklevel=2)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"asymq: {_ADDS_TO[name]} is not available: {problem}", stacklevel=2)
 
 
 def install() -> None:
