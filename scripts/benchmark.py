@@ -55,14 +55,19 @@ def module_of(args):
     module = recipes if args.recipe else step
     if args.generate and not args.recipe:
         raise BadInput("--generate: measures recipes: give --recipe too")
-    args.only = args.only or list(module.METHODS)
+    needs_gpu = [] if args.device == "cuda" else step.CAPTURED
+    args.only = args.only or [name for name in module.METHODS if name not in needs_gpu]
     for method in args.only:
+        if method in needs_gpu:
+            raise BadInput(f"--only {method}: is a CUDA graph, which needs a GPU: leave it out")
         if method not in module.METHODS:
             raise BadInput(
                 f"--only {method}: {'with' if args.recipe else 'without'} --recipe there are "
                 f"{', '.join(module.METHODS)}"
             )
-    args.precision = args.precision or list(module.DEFAULT_PRECISIONS)
+    args.precision = args.precision or list(module.DEFAULT_PRECISIONS[args.device])
+    if args.device == "cpu" and "tf32" in args.precision:
+        raise BadInput("--precision tf32: is a GPU's alone; the CPU has float32 and bfloat16")
     return module
 
 
@@ -127,8 +132,9 @@ def main(arguments=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
     try:
+        module = module_of(args)
         need_writable(args.out)
-        module_of(args).run(args)
+        module.run(args)
     except ModuleNotFoundError as error:
         parser.error(f"needs {error.name}: pip install 'asymq[experiments]'")
     except (BadInput, OSError, torch.OutOfMemoryError) as error:

@@ -5,8 +5,8 @@ cells is stated in plan.md before it runs and takes over the answers before it.
 
 run: runs what is not there yet (the same command continues after an interruption, several commands
 share the cells) and reports. plan: prints what is to be run, and runs nothing. report: of a folder.
-recommend: writes what it found into the file of asymq.recommended. peers: the same training by
-torchao, AIMET and NNCF, as far as they are installed.
+recommend: writes what it found, of the recipes given, into the file of asymq.recommended. peers:
+the same training by torchao and AIMET, as far as they are installed.
 """
 
 import argparse
@@ -53,9 +53,8 @@ def parse(arguments):
         "--recipes",
         nargs="+",
         type=recipe,
-        default=[recipe(name) for name in RECIPES],
         metavar=FORM,
-        help=f"default {' '.join(RECIPES)}",
+        help=f"default {' '.join(RECIPES)}, of recommend all that the folder has",
     )
     add(
         "--stages",
@@ -87,7 +86,8 @@ def parse(arguments):
     )
     add("--processes", type=integer(1), default=1, metavar="N", help="of each device (default 1)")
     args = parser.parse_args(arguments)
-    args.recipes = list(dict.fromkeys(args.recipes))
+    if args.recipes is not None or args.command != "recommend":
+        args.recipes = list(dict.fromkeys(args.recipes or map(recipe, RECIPES)))
     given = {
         name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
         for name in Grid.__dataclass_fields__
@@ -119,7 +119,7 @@ def main(arguments=None):
         elif args.command == "report":
             table.report(args.out)
         elif args.command == "recommend":
-            recommend.recommend(args.out)
+            recommend.recommend(args.out, args.recipes)
         else:
             peers.run(options, protocol)
     except FAILURES as error:

@@ -41,6 +41,7 @@ from asymq.ops import (  # noqa: E402
     fake_quantize_symmetric_max,
     fake_quantize_symmetric_scale,
     quantize,
+    quantized_kl_div,
     update_codes_,
 )
 from asymq.preparation import prepare  # noqa: E402
@@ -123,6 +124,7 @@ __all__ = [
     "plot_ranges",
     "prepare",
     "quantize",
+    "quantized_kl_div",
     "range_parameters",
     "recommended",
     "reference",

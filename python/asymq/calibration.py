@@ -6,12 +6,12 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from asymq._arguments import is_integer, is_number
 from asymq.layers import Quantized, quantized_parameters
 from asymq.models.root import Prepared, warn_of_unreached
 from asymq.quantizers import (
@@ -139,9 +139,9 @@ def _check_options(method: str, weight_method: str, percentile: float, skip_toke
             raise ValueError(
                 f"asymq.calibrate: {name} must be one of {', '.join(METHODS)}, got {value!r}"
             )
-    if not 50 < percentile <= 100:
+    if not (is_number(percentile) and 50 < percentile <= 100):
         raise ValueError(f"asymq.calibrate: percentile must lie in (50, 100], got {percentile!r}")
-    if not isinstance(skip_tokens, Integral) or skip_tokens < 0:
+    if not (is_integer(skip_tokens) and skip_tokens >= 0):
         raise ValueError(
             f"asymq.calibrate: skip_tokens must be an integer of at least 0, got {skip_tokens!r}"
         )

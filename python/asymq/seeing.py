@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asymq import ops
+from asymq._arguments import is_integer
 from asymq.calibration import batch_of, call
 from asymq.quantizers import OFF, Quantizer, named_quantizers
 from asymq.summary import table
@@ -208,7 +209,7 @@ class RangeLogger:
     "range_gradient/<kind>": norm of the gradients of all ranges of a kind, while there are some.
     Ranges that are not set are left out.
 
-    ValueError: no quantizer; `every` below 1. TypeError: a log that is neither.
+    ValueError: no quantizer; `every` is no integer of at least 1. TypeError: a log that is neither.
     """
 
     def __init__(self, model: nn.Module, log: Any, every: int = 100):
@@ -216,8 +217,8 @@ class RangeLogger:
         self._quantizers = list(named_quantizers(unwrap(model)))
         if not self._quantizers:
             raise ValueError(f"{what}: the model has no quantizers; call asymq.prepare first")
-        if every < 1:
-            raise ValueError(f"{what}: every must be at least 1, got {every}")
+        if not (is_integer(every) and every >= 1):
+            raise ValueError(f"{what}: every must be an integer of at least 1, got {every!r}")
         if not hasattr(log, "add_scalar") and not callable(log):
             raise TypeError(
                 f"{what}: log must have add_scalar or be callable, got {type(log).__name__}"

@@ -117,7 +117,7 @@ def test_codes(tmp_path):
 def test_steps_that_learn_otherwise(tmp_path):
     methods = ["float_eager", "float_sdpa", "asymq_distilled"]
     methods += ["asymq_joint", "asymq_weights", "asymq_scheduled"]
-    run((*STEP[:-1], ",".join(methods)), tmp_path, "--precision", "tf32")
+    run((*STEP[:-1], ",".join(methods)), tmp_path, "--precision", "float32")
     found = rows(tmp_path / "step_cpu.csv")
     assert [row["method"] for row in found] == methods
     fastest = min(float(row["milliseconds"]) for row in found[:2])
@@ -135,12 +135,87 @@ def test_timing():
 def test_step(tmp_path):
     run(STEP, tmp_path, "--profile")
     found = rows(tmp_path / "step_cpu.csv")
+    assert list(found[0]) == [
+        *("device", "precision", "method", "milliseconds", "ratio", "peak_gib", "spread")
+    ]
     assert [(row["precision"], row["method"]) for row in found] == [
-        (precision, method) for precision in step.PRECISIONS for method in ("float_eager", "asymq")
+        (precision, method)
+        for precision in ("float32", "bfloat16")
+        for method in ("float_eager", "asymq")
     ]
     assert found[0]["ratio"] == "1.0" and found[0]["peak_gib"] == ""
     text = (tmp_path / "step_cpu.md").read_text()
     assert "## asymq, bfloat16" in text and "| fake-quantize |" in text
+
+
+def test_by_default_a_cpu_has_what_needs_no_gpu(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(step, "run", lambda args: ran.extend(args.only))
+    run(STEP[:-2], tmp_path)
+    assert ran == [name for name in step.METHODS if not name.endswith("captured")]
+    for method in ("asymq_captured", "asymq_joint_captured"):
+        message = refused((*STEP[:-1], f"asymq,{method}"), tmp_path, capsys)
+        assert f"--only {method}: is a CUDA graph, which needs a GPU" in message
+    message = refused(STEP, tmp_path, capsys, "--precision", "tf32,bfloat16")
+    assert "--precision tf32: is a GPU's alone; the CPU has float32" in message
+
+
+def test_without_a_float_model_there_is_no_ratio(tmp_path):
+    run((*STEP[:-1], "asymq,asymq_joint,asymq_weights"), tmp_path, "--precision", "bfloat16")
+    assert [row["ratio"] for row in rows(tmp_path / "step_cpu.csv")] == [""] * 3
+    text = (tmp_path / "step_cpu.md").read_text()
+    assert "nan" not in text and "range learning" not in text
+    for method, learns in (("asymq", "ranges"), ("asymq_joint", "joint")):
+        assert f"| bfloat16 | {method} | {learns} | " in text
+
+
+@pytest.mark.parametrize("command", [STEP, RECIPES])
+def test_too_little_memory_is_a_row(command, tmp_path, monkeypatch):
+    """That the rows before it survive, and that comparing leaves out."""
+    module, calls = (recipes, []) if command is RECIPES else (step, [])
+    measure = step.measure
+
+    def too_little(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("too little")
+        return measure(*args)
+
+    monkeypatch.setattr(module, "measure", too_little)
+    more = ("--only", "float_sdpa,recipes", "--recipe", "w4a8", "w8a8") if module is recipes else ()
+    only = ("--only", "float_eager,asymq,asymq_joint", "--precision", "float32")
+    run(command, tmp_path, *(more or only))
+    (file,) = tmp_path.glob("*.csv")
+    first, lost, last = rows(file)
+    assert float(first["milliseconds"]) > 0 and float(last["milliseconds"]) > 0
+    assert (lost["milliseconds"], lost["peak_gib"]) == ("", "out of memory")
+    assert "| out of memory |" in file.with_suffix(".md").read_text()
+    run(command, tmp_path / "now", *(more or only), "--against", file)
+    assert "Not in " in (tmp_path / "now" / file.name).with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("command", [STEP, RECIPES, OPS])
+def test_what_is_measured_outlives_an_interruption(command, tmp_path, monkeypatch):
+    module = {"ops": ops, "step": step}[command[0]]
+    if command is RECIPES:
+        module, command = recipes, (*RECIPES, "--only", "float_sdpa,recipes")
+    name = "measure_case" if module is ops else "measure"
+    measure, calls = getattr(module, name), []
+    case = ops.Case("tensor", (64,), torch.float32, "cpu")
+    monkeypatch.setattr(ops, "cases", lambda *_: [case, case])
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(command, tmp_path)
+    assert end.value.code == 130
+    (file,) = tmp_path.glob("*.csv")
+    assert rows(file) and file.with_suffix(".md").exists()
 
 
 def test_recipes(tmp_path):
@@ -213,7 +288,7 @@ def keys(file):
 
 def test_comparison():
     def row(method, milliseconds):
-        return step.StepTime("cpu", "tf32", method, milliseconds, 1.0, 0.0, None)
+        return step.StepTime("cpu", "tf32", method, milliseconds, 1.0, None, 0.0)
 
     then = {recorded.key(row(method, 1.0)): 2.0 for method in ("float_eager", "asymq")}
     against = recorded.Recorded(Path("old.csv"), ["a machine"], then)

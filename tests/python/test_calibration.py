@@ -515,7 +515,9 @@ def test_first_tokens_do_not_count():
         ({"weight_method": 3}, "weight_method must be one of"),
         ({"percentile": 50}, r"percentile must lie in \(50, 100\], got 50"),
         ({"percentile": 100.5}, r"percentile must lie in"),
+        ({"percentile": "99"}, r"percentile must lie in"),
         ({"skip_tokens": -1}, "skip_tokens must be an integer of at least 0, got -1"),
+        ({"skip_tokens": True}, "skip_tokens must be an integer of at least 0, got True"),
     ],
 )
 def test_options_that_cannot_be(options, message):

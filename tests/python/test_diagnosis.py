@@ -140,8 +140,11 @@ def test_what_cannot_be_logged():
     quantizer = ranged(QuantSpec(), -1.0, 1.0)
     with pytest.raises(ValueError, match="no quantizers"):
         asymq.RangeLogger(nn.Linear(2, 2), print)
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        asymq.RangeLogger(quantizer, print, every=0)
+    for every in (0, 1.5, float("nan"), True):
+        with pytest.raises(
+            ValueError, match=f"every must be an integer of at least 1, got {every}"
+        ):
+            asymq.RangeLogger(quantizer, print, every=every)
     with pytest.raises(TypeError, match="log must have add_scalar or be callable, got int"):
         asymq.RangeLogger(quantizer, 3)
 

@@ -267,8 +267,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"cross_entropy needs labels"):
         asymq.SelfDistillation(model, cross_entropy=1.0)(input_ids=tokens())
     for options, message in (
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"cross_entropy": -1.0}, "cross_entropy must be at least 0"),
+        *(({"temperature": t}, "temperature must be a") for t in (0.0, float("nan"), True, "1")),
+        *(({"cross_entropy": c}, "cross_entropy must be a") for c in (-1.0, float("inf"), True)),
         ({"hidden": ["nowhere.*"]}, r"hidden: no module is called 'nowhere\.\*'"),
         ({"hidden": ["*"], "teacher": lambda **_: None}, "hidden needs a teacher that is a module"),
     ):

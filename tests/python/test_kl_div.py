@@ -30,7 +30,8 @@ from fused import (
 from samples import PARAMETERIZATIONS
 from torch import Tensor
 
-from asymq.ops import RangeArguments, quantized_kl_div
+from asymq import quantized_kl_div
+from asymq.ops import RangeArguments
 
 pytestmark = pytest.mark.composite
 

@@ -405,7 +405,7 @@ def refused(model, message, **more):
 
 
 def test_refusals():
-    for momentum in (-0.1, 0.9999, float("nan")):
+    for momentum in (-0.1, 0.9999, float("nan"), False):
         refused(layer(spec()), "momentum must be from 0 to 0.999", momentum=momentum)
     refused(nn.Linear(2, 2), "no quantized weights")
     frozen = layer(spec())
@@ -420,6 +420,8 @@ def test_refusals():
     for threshold in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match=r"freeze: threshold must be between 0 and 1"):
             OscillationObserver(layer(spec())).freeze(threshold)
+    with pytest.raises(ValueError, match=r"share: threshold must be a number, got nan"):
+        OscillationObserver(layer(spec())).share(float("nan"))
 
 
 @pytest.mark.parametrize("other", [layer(spec(10)), nn.Sequential(layer(spec()))])

@@ -45,6 +45,12 @@ def test_evidence_names_records_that_there_are():
                     assert (ROOT / word).exists(), word
 
 
+def test_evidence_says_with_what_the_rate_was_compared():
+    """Of the paper's setting on the one real model, too."""
+    found = asymq.recommended("table2")
+    assert found.rates["ranges"] == 1e-2 and "27.54 against 83.59" in found.evidence["ranges"]
+
+
 def test_settings_cannot_be_changed():
     with pytest.raises(TypeError):
         asymq.recommended("w4a8").rates["ranges"] = 1.0

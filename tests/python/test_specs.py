@@ -69,6 +69,7 @@ IMPOSSIBLE = [
         ({"parameterization": name, "fix_min": True, "symmetric": True}, "fix_min .* symmetric")
         for name in ("min_max", "beta_gamma")
     ),
+    ({"eps": True}, "eps must be positive and finite, got True"),
     ({"eps": 0.0}, r"eps must be positive.* got 0\.0"),
     ({"eps": -1e-8}, "eps must be positive and finite"),
     ({"eps": float("nan")}, "eps must be positive and finite"),

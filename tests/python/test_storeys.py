@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "python" / "asymq"
 
 # From the ground up: files and folders of the package.
 STOREYS = [
-    {"_build", "_library", "_moved", "composite", "ops", "reference", "wrappers"},
+    {"_arguments", "_build", "_library", "_moved", "composite", "ops", "reference", "wrappers"},
     {"quantizers"},
     {"layers"},
     {"training"},

@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +16,11 @@ from pictures import assert_picture
 
 import asymq
 from asymq.experiments.common import quickstart, text
+from asymq.experiments.common.files import BadInput
+from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.study import cell, peers, recommend, results, table, tree
-from asymq.experiments.study.about import read_about
+from asymq.experiments.study.about import About, Tree, read_about, write_about
 from asymq.experiments.study.setting import Cell, Setting
 from asymq.experiments.study.subject import Protocol, open_study
 from asymq.training import recommendations
@@ -170,7 +173,8 @@ def test_an_interrupted_study_continues(world, tmp_path, capsys, monkeypatch):
 def test_recommended_settings_are_written(filled, tmp_path, capsys):
     file = tmp_path / "recommendations.json"
     shutil.copy(recommendations.FILE, file)
-    recommend.recommend(filled, file)
+    recommend.recommend(filled, file=file)
+    said = capsys.readouterr().out
     before, after = (json.loads(p.read_text()) for p in (recommendations.FILE, file))
     outcomes = read_about(filled).walks(results.read_results(filled))["w4a8-group16"].outcomes
     found = after["w4a8"]
@@ -178,12 +182,76 @@ def test_recommended_settings_are_written(filled, tmp_path, capsys):
     assert found["steps"] == int(outcomes["steps"].chosen)
     assert found["calibration"] == outcomes["calibration"].chosen
     assert set(found["evidence"]) == set(recommendations.FIELDS)
-    assert all(f"llama, {filled}/table.md: KL " in text for text in found["evidence"].values())
-    # What was not asked stays.
-    changed = {"ranges"}
-    assert {k for k, v in after["table2"]["evidence"].items() if "llama" in v} == changed
-    assert after["table2"]["loss"] == before["table2"]["loss"]
+    assert all(f"llama, {filled.name}/table.md: KL " in v for v in found["evidence"].values())
+    assert all("w4a8:group=16: form " in v for v in found["evidence"].values())
+    assert str(filled) not in file.read_text() and "w4a8:group=16: loss " in said
+    # A rate comes with what it was found with; what says nothing of it stays.
+    found = after["table2"]
+    assert (found["loss"], found["steps"], found["calibration"]) == ("kl", 3, "min_max")
+    changed = {k for k, v in found["evidence"].items() if "llama" in v}
+    assert changed == set(recommendations.FIELDS) - {"weights"}
+    assert all("no answer; of table2: form " in found["evidence"][k] for k in ("loss", "steps"))
+    assert found["rates"]["weights"] == before["table2"]["rates"]["weights"]
     assert after["npu"] == before["npu"]
+    recommend.recommend(filled, ["table2"], file)
+    assert "w4a8" not in capsys.readouterr().out
+
+
+def folder_of(out, results_of, recipes, stages=("rate", "loss")):
+    """A study of two rates, in which a setting's KL is results_of(setting)."""
+    trees = {recipe: Tree(stages, tree.Grid(rates=("1e-3", "1e-2"), seeds=1)) for recipe in recipes}
+    about = About("m", {}, trees)
+    write_about(out, about)
+    found = {}
+    for _ in range(2 * len(stages)):
+        for walk in about.walks(found).values():
+            for one in walk.missing(found):
+                found[one] = whole_result(results_of(one.setting))
+                results.result_path(out, one).write_text(json.dumps(found[one]))
+
+
+def test_an_answer_that_diverged_is_not_recommended(tmp_path, capsys):
+    file = tmp_path / "recommendations.json"
+    shutil.copy(recommendations.FILE, file)
+    folder_of(tmp_path / "lost", lambda setting: None, ["w8a8"])
+    with pytest.raises(BadInput, match=r"no answer.*w8a8: rate: every candidate diverged"):
+        recommend.recommend(tmp_path / "lost", file=file)
+    assert file.read_text() == recommendations.FILE.read_text()
+    # A later question may find what does not diverge.
+    only = {("ce", "3e-4"): 0.5}
+    folder_of(
+        tmp_path / "some", lambda s: only.get((s.loss, s.rate)), ["w8a8"], ("rate", "loss", "joint")
+    )
+    recommend.recommend(tmp_path / "some", file=file)
+    assert "w8a8: rate: every candidate diverged, no answer" in capsys.readouterr().out
+    found = json.loads(file.read_text())["w8a8"]
+    assert (found["loss"], found["rates"]["ranges"], found["steps"]) == ("ce", 3e-4, 200)
+    assert "ce 0.5" in found["evidence"]["ranges"] and "ce 0.5" in found["evidence"]["loss"]
+    assert "no answer" in found["evidence"]["steps"]
+
+
+def test_an_answer_beside_the_rate_says_with_what(tmp_path):
+    file = tmp_path / "recommendations.json"
+    shutil.copy(recommendations.FILE, file)
+    kl = {"mse": 0.5}
+    folder_of(tmp_path / "out", lambda s: kl.get(s.calibration, 1.0), ["w8a8"], ("calibration",))
+    recommend.recommend(tmp_path / "out", file=file)
+    before, after = (json.loads(p.read_text())["w8a8"] for p in (recommendations.FILE, file))
+    assert after.pop("calibration") == "mse"
+    assert "loss kl, rate 1e-3, steps 200" in after["evidence"].pop("calibration")
+    del before["calibration"], before["evidence"]["calibration"]
+    assert after == before
+
+
+def test_two_variants_of_a_recipe_are_not_one_record(tmp_path, capsys):
+    file = tmp_path / "recommendations.json"
+    shutil.copy(recommendations.FILE, file)
+    out = tmp_path / "out"
+    folder_of(out, lambda s: float(s.rate), ["w4a16-group64", "w4a16-group128", "w8a8"])
+    message = refused(["recommend", "--out", str(out)], capsys)
+    assert "has w4a16:group=64 and w4a16:group=128, and w4a16 has one record" in message
+    recommend.recommend(out, ["w4a16-group128"], file)
+    assert "w4a16:group=128: form" in json.loads(file.read_text())["w4a16"]["evidence"]["ranges"]
 
 
 BAD = {
@@ -220,8 +288,9 @@ def test_folders_that_do_not_fit(world, filled, tmp_path, capsys):
     message = refused(arguments(world, "run", tmp_path / "file"), capsys)
     assert "is a file, not a folder" in message
     damaged = tmp_path / f"{Cell('llama', Setting('w8a8'), 0).name}.json"
-    damaged.write_text("{")
-    assert f"{damaged}: is not a result" in refused(arguments(world, "run", tmp_path), capsys)
+    for written in ("{", *map(json.dumps, damages(whole_result(1.0)))):
+        damaged.write_text(written)
+        assert f"{damaged}: is not a result" in refused(arguments(world, "run", tmp_path), capsys)
 
 
 # ---- cells -------------------------------------------------------------------------------------
@@ -287,6 +356,19 @@ def a_result(kl):
     return {"kl": value, "perplexity": value}
 
 
+def whole_result(kl):
+    more = {"float_perplexity": 1.0, "seconds_per_step": 1.0, "collapsed": 0, "settings": {}}
+    return a_result(kl) | more | {"versions": {"torch": "2"}, "machine": "one", "commit": None}
+
+
+def damages(result):
+    """The result without one of all that it has."""
+    for key in result:
+        yield {k: v for k, v in result.items() if k != key}
+    for key in ("kl", "perplexity"):
+        yield result | {key: {"calibrated": 1.0}}
+
+
 def walked(divergence, stages, grid=None):
     """The walk in which a setting's KL is divergence(setting, seed), and how many cells it took."""
     grid, found = grid or tree.Grid(seeds=3), {}
@@ -319,6 +401,12 @@ def test_close_candidates_get_seeds_and_the_default_where_they_tie():
     assert outcome.tied == ("1e-3", "3e-3") and not outcome.decided
     assert outcome.best == "3e-3" and outcome.chosen == "1e-3"
     assert "not decided between 1e-3, 3e-3 (1e-3)" in table._chosen(outcome)
+
+
+def test_no_divergence_is_the_least():
+    walk, _ = walked(lambda s, seed: {"1e-3": 1.0, "3e-3": 0.0}.get(s.rate, 2.0), ["rate"])
+    assert walk.outcomes["rate"].decided and walk.outcomes["rate"].chosen == "3e-3"
+    assert walk.outcomes["rate"].winner.kl == 0
 
 
 def test_seeds_decide_a_small_difference():
@@ -373,7 +461,7 @@ def test_peers_that_are_not_installed_are_rows(world, tmp_path, monkeypatch, cap
     monkeypatch.delenv(peers.AIMET, raising=False)
     main(arguments(world, "peers", tmp_path, *ONE_RATE))
     page = (tmp_path / "peers.md").read_text()
-    assert "| torchao | not installed (pip install torchao) |" in page
+    assert "| torchao |  |  | not installed (pip install torchao) |" in page
     assert f"or {peers.AIMET} names no Python that has it" in page
     assert page.count("| asymq ") == 3 and "| nncf | " in page
     assert f"torch {torch.__version__}" in page
@@ -406,4 +494,102 @@ def test_a_python_without_the_library_is_a_row(world, tmp_path, monkeypatch):
     monkeypatch.setenv(peers.AIMET, sys.executable)
     monkeypatch.setattr(peers, "PEERS", {"aimet": peers.PEERS["aimet"]})
     main(arguments(world, "peers", tmp_path, *ONE_RATE))
-    assert f"| aimet | {sys.executable} failed" in (tmp_path / "peers.md").read_text()
+    assert f"| aimet |  |  | {sys.executable} failed" in (tmp_path / "peers.md").read_text()
+
+
+def test_a_peer_that_fails_is_a_row(world, tmp_path, monkeypatch):
+    """Of what it fails at, and not tried with every rate."""
+    tried = []
+
+    def prepare(model, names, row, see):
+        tried.append(row)
+        if row.learns == "both":
+            raise AttributeError("no such\nquantizer")
+        return []
+
+    peer = peers.Peer("tqdm", ("weights", "both"), prepare)
+    monkeypatch.setattr(peers, "PEERS", {"other": peer})
+    more = ("--rates", "1e-3", "1e-2", "--base-steps", 2)
+    main(arguments(world, "peers", tmp_path, *more))
+    page = (tmp_path / "peers.md").read_text()
+    assert [row.learns for row in tried] == ["weights", "both"]
+    assert f"| other | w4a16:group=16 | both | tqdm {peer.version} failed: no such |" in page
+    assert f"| other {peer.version} | w4a16:group=16 | weights | ce |  | 1e-4 | 2 | " in page
+
+
+def test_peers_rows_have_their_own_steps(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "PEERS", {})
+    for steps in (1, 2):
+        more = ("--rates", "1e-3", "--base-steps", steps)
+        main(arguments(world, "peers", tmp_path, *more))
+    page = (tmp_path / "peers.md").read_text()
+    assert page.count(" | 1e-3 |  | 1 | ") == page.count(" | 1e-3 |  | 2 | ") == 2
+    assert "2 windows of 16 tokens a step" in page
+    capsys.readouterr()
+    first = min((tmp_path / "peers").iterdir())
+    result = json.loads(first.read_text())
+    damaged = [*damages(result), result | {"versions": {}}, result | {"row": {}}]
+    for one in damaged:
+        if one.keys() != result.keys() - {"loss"}:  # no report reads it
+            first.write_text(json.dumps(one))
+            message = refused(arguments(world, "peers", tmp_path, *more), capsys)
+            assert f"{first}: is not a result" in message
+
+
+# ---- what a run needs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [("study.py", "run"), ("transition_rate.py", "--task=digits")])
+def test_without_matplotlib_nothing_is_trained(script, tmp_path):
+    name, command = script
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        f"runpy.run_path({str(ROOT / 'scripts' / name)!r})['main']"
+        f"(['{command}', '--out', {str(tmp_path / 'out')!r}])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "error: needs matplotlib" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_table_outlives_its_plot(filled, tmp_path, monkeypatch):
+    out = shutil.copytree(filled, tmp_path / "out")
+    (out / "table.md").unlink()
+
+    def fails(*_):
+        raise OSError
+
+    monkeypatch.setattr(table, "plot", fails)
+    with pytest.raises(OSError):
+        table.report(out)
+    assert (out / "table.md").exists()
+
+
+def test_a_run_that_diverges_at_once_has_no_time(world, filled, tmp_path):
+    study, setting = opened(world), Setting("w8a8", steps=9)
+    parameter = torch.nn.Parameter(torch.ones(()))
+    infinite = lambda ids: parameter * float("inf")  # noqa: E731
+    losses, seconds = cell.train(
+        [{"params": [parameter], "lr": 0.1}], infinite, setting, study, 0, torch.device("cpu")
+    )
+    assert losses == [float("inf")] and seconds is None
+    out = shutil.copytree(filled, tmp_path / "out")
+    path = min(out.glob("*__seed0.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds_per_step": None}))
+    table.report(out)
+    assert "|  |\n" in (out / "table.md").read_text()
+    with (out / "runs.csv").open() as file:
+        assert "" in {line["seconds_per_step"] for line in csv.DictReader(file)}
+
+
+def test_the_float_perplexity_is_found_once(world, tmp_path, monkeypatch):
+    study, calls = opened(world), []
+    perplexity = text.perplexity
+    count = lambda *args: calls.append(args[0]) or perplexity(*args)  # noqa: E731
+    monkeypatch.setattr(text, "perplexity", count)
+    for rate in ("1e-3", "1e-2"):
+        one = Cell("llama", Setting("w8a8", rate=rate, steps=1), 0)
+        cell.run_cell(one, study, tmp_path, Processes("cpu"))
+    teacher = study.float_model(torch.device("cpu"))
+    assert sum(model is teacher for model in calls) == 1

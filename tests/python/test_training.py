@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_bit_equal
@@ -69,6 +70,17 @@ def test_range_parameters(family, setting):
 def test_range_parameters_of_a_float_model():
     with pytest.raises(ValueError, match=r"asymq\.range_parameters: the model has no quantizers"):
         asymq.range_parameters(gpt2())
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), True, "1e-3"])
+def test_a_rate_that_cannot_be(lr):
+    with pytest.raises(ValueError, match=r"asymq\.range_parameters: lr must be a finite number"):
+        asymq.range_parameters(prepared(gpt2()), lr=lr)
+
+
+@pytest.mark.parametrize("lr", [0, 0.25, np.float32(0.25), torch.tensor(0.25)])
+def test_rates_that_optimizers_take(lr):
+    assert asymq.range_parameters(prepared(gpt2()), lr=lr)[0]["lr"] is lr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -479,6 +491,9 @@ def test_two_processes(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_capture_needs_a_gpu():
+    for warmup in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=r"asymq\.capture_step: warmup must be an integer"):
+            asymq.capture_step(lambda: None, warmup)
     with pytest.raises(RuntimeError, match=r"asymq\.capture_step: needs a CUDA GPU"):
         asymq.capture_step(lambda: None)
 

@@ -331,6 +331,12 @@ def mixin(rate=None):
     return QuantTrainer
 
 
+def test_a_trainer_refuses_a_rate_that_cannot_be(tmp_path):
+    run = trainer(prepared(gpt2()), tmp_path, mixin(-1.0))
+    with pytest.raises(ValueError, match="QuantTrainer: range_lr must be a finite number of at"):
+        run.train()
+
+
 @pytest.mark.filterwarnings("error:asymq")
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adafactor", "rmsprop", "adagrad"])
 def test_a_trainer_that_decays_no_range(optimizer, tmp_path):

@@ -662,8 +662,10 @@ def test_ranges_that_move(spec):
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"momentum": -0.1}, "momentum must be at least 0 and below 1, got -0.1"),
         ({"gain": 0}, "gain must be positive and finite, got 0"),
-        ({"limit": 0.0}, "limit must be positive or None, got 0.0"),
-        ({"limit": -1}, "limit must be positive or None, got -1"),
+        ({"gain": True}, "gain must be positive and finite, got True"),
+        ({"limit": 0.0}, "limit must be positive and finite, or None for no bound, got 0.0"),
+        ({"limit": True}, "limit must be positive and finite, or None for no bound, got True"),
+        ({"momentum": "half"}, "momentum must be at least 0 and below 1, got 'half'"),
     ],
     ids=str,
 )

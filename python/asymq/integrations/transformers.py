@@ -20,6 +20,7 @@ from asymq.checkpoint import give_quantizers
 from asymq.description import DESCRIPTION, read
 from asymq.models.pretrained import METHOD, NOTE
 from asymq.training import weight_parameters
+from asymq.training.ranges import is_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,6 +132,11 @@ class RangeTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         given = self.optimizer is not None  # type: ignore[has-type]
         self.optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self.range_lr is not None and not is_rate(self.range_lr):
+            raise ValueError(
+                f"{type(self).__name__}: range_lr must be a finite number of at least 0 or None, "
+                f"got {self.range_lr!r}"
+            )
         if self.range_lr is not None and not given:
             trained = self.model if model is None else model  # type: ignore[attr-defined]
             _give_rate(self.optimizer, list(_named_ranges(trained).values()), self.range_lr)

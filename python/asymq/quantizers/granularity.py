@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import Any, ClassVar, Protocol
 
 import torch
+
+from asymq._arguments import is_integer
 
 _ONE = torch.Size([1])
 
@@ -268,7 +269,7 @@ def granularity_from_dict(values: Mapping[str, Any]) -> Granularity:
 
 
 def _positive(what: str, size: Any) -> int:
-    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+    if not (is_integer(size) and size >= 1):
         raise ValueError(f"{what} must be an integer of at least 1, got {size!r}")
     return int(size)
 

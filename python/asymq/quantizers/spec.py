@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+from asymq._arguments import is_integer, is_number
 from asymq.quantizers.granularity import Granularity, PerTensor, granularity_from_dict
 
 # The learnable arguments of the operator of a (parameterization, symmetric), in its order.
@@ -121,9 +121,7 @@ class QuantSpec(Json):
 
         name = self.parameterization
         need(
-            isinstance(self.bits, Integral)
-            and not isinstance(self.bits, bool)
-            and 2 <= self.bits <= 16,
+            is_integer(self.bits) and 2 <= self.bits <= 16,
             f"bits must be an integer from 2 to 16, got {self.bits!r}",
         )
         object.__setattr__(self, "bits", int(self.bits))  # numpy's integers, too
@@ -177,14 +175,12 @@ class QuantSpec(Json):
             "full_range belongs to symmetric quantizers: an asymmetric grid has no code to spare",
         )
         need(
-            isinstance(self.eps, Real) and 0 < self.eps < math.inf,
+            is_number(self.eps) and self.eps > 0,
             f"eps must be positive and finite, got {self.eps!r}",
         )
         scale = self.gradient_scale
         need(
-            scale is None
-            or scale == "lsq"
-            or (isinstance(scale, Real) and not isinstance(scale, bool) and 0 < scale < math.inf),
+            scale is None or scale == "lsq" or (is_number(scale) and scale > 0),
             f'gradient_scale must be None, "lsq" or positive and finite, got {scale!r}',
         )
         if isinstance(scale, Real):

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from asymq._arguments import is_integer
+
 T = TypeVar("T")
 
 
@@ -19,8 +21,13 @@ def capture_step(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
     recorded once, which does not. The function returned repeats it, and what it returns is
     overwritten by the next call.
 
-    RuntimeError: there is no GPU. torch's errors where a step cannot be captured.
+    ValueError: `warmup` is no integer of at least 0. RuntimeError: there is no GPU. torch's errors
+    where a step cannot be captured.
     """
+    if not (is_integer(warmup) and warmup >= 0):
+        raise ValueError(
+            f"asymq.capture_step: warmup must be an integer of at least 0, got {warmup!r}"
+        )
     if not torch.cuda.is_available():
         raise RuntimeError("asymq.capture_step: needs a CUDA GPU, and torch sees none")
     # Work before a capture belongs on the stream of its kind, so that no allocation is shared.

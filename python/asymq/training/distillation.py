@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asymq._arguments import is_number
 from asymq.layers import fused
 from asymq.layers.loss import causal_lm_loss, teaching, unquantized
 from asymq.quantizers import OFF, Quantizer, named_quantizers
@@ -59,10 +60,15 @@ class SelfDistillation:
         teacher: nn.Module | Callable | None = None,
         hidden: Sequence[str] = (),
     ):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"{_NAME}: temperature must be above 0, got {temperature}")
-        if not 0 <= cross_entropy < float("inf"):
-            raise ValueError(f"{_NAME}: cross_entropy must be at least 0, got {cross_entropy}")
+        if not (is_number(temperature) and temperature > 0):
+            raise ValueError(
+                f"{_NAME}: temperature must be a finite number above 0, got {temperature!r}"
+            )
+        if not (is_number(cross_entropy) and cross_entropy >= 0):
+            raise ValueError(
+                f"{_NAME}: cross_entropy must be a finite number of at least 0, got "
+                f"{cross_entropy!r}"
+            )
         if not any(True for _ in named_quantizers(model)):
             raise ValueError(f"{_NAME}: the model has no quantizers: prepare it first")
         self.model, self.teacher = model, teacher

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from asymq import ops
+from asymq._arguments import is_number
 from asymq.training.codes import CodedWeight, coded_weights
 
 _WHAT = "asymq.OscillationObserver"
@@ -62,8 +63,8 @@ class OscillationObserver:
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.99):
-        if not 0 <= momentum <= 0.999:
-            raise ValueError(f"{_WHAT}: momentum must be from 0 to 0.999, got {momentum}")
+        if not (is_number(momentum) and 0 <= momentum <= 0.999):
+            raise ValueError(f"{_WHAT}: momentum must be from 0 to 0.999, got {momentum!r}")
         weights = [w for w in coded_weights(model) if w.parameter.requires_grad]
         if not weights:
             raise ValueError(f"{_WHAT}: the model has no quantized weights that require grad")
@@ -88,7 +89,9 @@ class OscillationObserver:
 
     def share(self, threshold: float) -> Tensor:
         """The share of all observed elements with f above `threshold`, on all processes of split
-        weights: float64, 0-d, on the first weight's device."""
+        weights: float64, 0-d, on the first weight's device. ValueError: it is no finite number."""
+        if not is_number(threshold):
+            raise ValueError(f"{_WHAT}.share: threshold must be a number, got {threshold!r}")
         counts: dict[tuple, Tensor] = {}
         device = next(iter(self._weights.values())).codes.device
         for one in self._weights.values():
@@ -112,8 +115,10 @@ class OscillationObserver:
     def freeze(self, threshold: float) -> None:
         """Holds the weights with f above `threshold`, between 0 and 1, besides those that are held
         already. ValueError: another threshold."""
-        if not 0 < threshold < 1:
-            raise ValueError(f"{_WHAT}.freeze: threshold must be between 0 and 1, got {threshold}")
+        if not (is_number(threshold) and 0 < threshold < 1):
+            raise ValueError(
+                f"{_WHAT}.freeze: threshold must be between 0 and 1, got {threshold!r}"
+            )
         self._holds = True
         for one in self._weights.values():
             one.freeze(threshold)

@@ -6,10 +6,11 @@ import functools
 import warnings
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from asymq._arguments import is_number
 from asymq.quantizers import named_quantizers
 from asymq.training.recommendations import rate_of_ranges
 
@@ -18,18 +19,25 @@ def _ranges(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, q in named_quantizers(model) for p in q.parameters(recurse=False)]
 
 
-def range_parameters(model: nn.Module, lr: float | str | None = None) -> list[dict]:
+def is_rate(lr: object) -> bool:
+    """A learning rate as optimizers take it; a tensor's value is not read."""
+    return isinstance(lr, Tensor) or (is_number(lr) and lr >= 0)
+
+
+def range_parameters(model: nn.Module, lr: float | str | Tensor | None = None) -> list[dict]:
     """The learned ranges of a model as a list of optimizer parameter groups, without weight decay,
     which would shrink the ranges; those of specs with learn=False are left out. lr: their learning
-    rate, None: the optimizer's own, "recommended": that of `recommended` for the recipe whose
-    quantizers the model has, of Adam.
+    rate, a number or, for optimizers that take one, a tensor; None: the optimizer's own;
+    "recommended": that of `recommended` for the recipe whose quantizers the model has, of Adam.
 
-    ValueError: the model has none, or is to get a recommended rate and has no recipe's quantizers.
+    ValueError: the model has none, or is to get a recommended rate and has no recipe's quantizers;
+    an lr that is none of these, negative or not finite.
     """
-    if isinstance(lr, str) and lr != "recommended":
+    named = isinstance(lr, str) and lr == "recommended"
+    if not (named or lr is None or is_rate(lr)):
         raise ValueError(
-            "asymq.range_parameters: lr must be a number, None (the optimizer's own) or "
-            f'"recommended", got {lr!r}'
+            "asymq.range_parameters: lr must be a finite number of at least 0, None (the "
+            f'optimizer\'s own) or "recommended", got {lr!r}'
         )
     parameters = [
         p for _, q in named_quantizers(model) if q.spec.learn for p in q.parameters(recurse=False)
@@ -37,7 +45,7 @@ def range_parameters(model: nn.Module, lr: float | str | None = None) -> list[di
     if not parameters:
         raise ValueError("asymq.range_parameters: the model has no quantizers with learned ranges")
     group = {"params": parameters, "weight_decay": 0.0}
-    if lr == "recommended":
+    if named:
         lr = rate_of_ranges(model)
     return [group if lr is None else {**group, "lr": lr}]
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
+from asymq._arguments import is_integer, is_number
 from asymq.quantizers import is_split
 from asymq.training.codes import CodedWeight, Counter, coded_weights
 
@@ -108,17 +108,23 @@ class TransitionRateScheduler:
             f"unknown schedule {schedule!r}; there are {', '.join(SCHEDULES)}, or a function",
         )
         _need(
-            isinstance(total_steps, Integral)
-            and not isinstance(total_steps, bool)
-            and total_steps >= 1,
+            is_integer(total_steps) and total_steps >= 1,
             f"total_steps must be an integer of at least 1, got {total_steps!r}",
         )
-        _need(0 < factor < 1, f"factor must be between 0 and 1, got {factor}")
+        _need(
+            is_number(factor) and 0 < factor < 1, f"factor must be between 0 and 1, got {factor!r}"
+        )
         if momentum is None:
             momentum = max(0.5, min(0.99, 1 - 50 / total_steps))
-        _need(0 <= momentum < 1, f"momentum must be at least 0 and below 1, got {momentum}")
-        _need(0 < gain < math.inf, f"gain must be positive and finite, got {gain}")
-        _need(limit is None or limit > 0, f"limit must be positive or None, got {limit}")
+        _need(
+            is_number(momentum) and 0 <= momentum < 1,
+            f"momentum must be at least 0 and below 1, got {momentum!r}",
+        )
+        _need(is_number(gain) and gain > 0, f"gain must be positive and finite, got {gain!r}")
+        _need(
+            limit is None or (is_number(limit) and limit > 0),
+            f"limit must be positive and finite, or None for no bound, got {limit!r}",
+        )
 
         optimizer = _unwrapped(optimizer)
         _check_optimizer(optimizer)

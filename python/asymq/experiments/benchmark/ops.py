@@ -485,15 +485,15 @@ def run(args):
     else:
         _use_memory()
     start = time.perf_counter()
+    path = args.out / f"ops_{args.device}"
     for case in cases(args.device, args.quick, args.dtype, args.granularity):
         measure_case(case, args.only, span, rows, skipped)
+        reasons = [
+            f"{method}: {reason}: {', '.join(where)}" for (method, reason), where in skipped.items()
+        ]
+        recorded.save(path, head, rows, markdown(rows, reasons, head), against)
     print(f"{time.perf_counter() - start:.0f} s")
-
-    reasons = [
-        f"{method}: {reason}: {', '.join(where)}" for (method, reason), where in skipped.items()
-    ]
-    path = args.out / f"ops_{args.device}"
-    recorded.save(path, head, rows, markdown(rows, reasons, head), against)
+    recorded.tell(path, rows, against)
 
 
 def _aimet_version():

@@ -7,8 +7,8 @@ their ranges. Weights are random: they do not change what a step costs.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 import asymq
 from asymq.experiments.benchmark import profile, recorded
-from asymq.experiments.benchmark.step import MODELS, Setting, float_model, measure
+from asymq.experiments.benchmark.step import (
+    MODELS,
+    OUT_OF_MEMORY,
+    Setting,
+    figure,
+    float_model,
+    measure,
+    release,
+    use_precision,
+)
+from asymq.experiments.benchmark.timing import Timing
 from asymq.experiments.common.files import BadInput, first_line
 from asymq.experiments.common.provenance import header
 from asymq.experiments.common.recipes import Recipe
@@ -27,23 +37,25 @@ FLOAT, COMPILED = "float_sdpa", "float_compiled"
 RECIPES = "recipes"
 METHODS = (FLOAT, COMPILED, RECIPES)
 # Of weights and activations.
-DTYPES = {"tf32": torch.float32, "bfloat16": torch.bfloat16}
-DEFAULT_PRECISIONS = ("bfloat16",)
+DTYPES = {"tf32": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_PRECISIONS = dict.fromkeys(("cuda", "cpu"), ("bfloat16",))
 STEP, GENERATE = "step", "generate"
 PROMPT, NEW = 128, 128  # tokens of a generation, at most half of the setting's context each
 
 
 @dataclass
 class Row:
+    """Without a time, with OUT_OF_MEMORY as its peak, where there was too little memory."""
+
     device: str
     precision: str
     what: str  # STEP or GENERATE
     method: str  # of the float model, or a recipe
-    milliseconds: float  # of a step, or of a whole generation
-    tokens_per_second: float
+    milliseconds: float | None  # of a step, or of a whole generation
+    tokens_per_second: float | None
     times_float_sdpa: float | None
     times_float_compiled: float | None
-    peak_gib: float | None  # of the GPU's memory
+    peak_gib: float | str | None  # of the GPU's memory
 
 
 def model_of(method: str | Recipe, setting: Setting, args, dtype: torch.dtype) -> nn.Module:
@@ -100,8 +112,8 @@ def generation(model: nn.Module, ids: Tensor, count: int) -> Callable[[], None]:
 
 
 def run(args) -> None:
+    """Saves after every row: what is measured outlives a failure or an interruption."""
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")
     name = args.model or ("llama-1b" if args.device == "cuda" else "quickstart")
     setting = f"{name}: {MODELS[name]}"
     if args.checkpointing:
@@ -115,18 +127,22 @@ def run(args) -> None:
     methods += args.recipe if RECIPES in args.only else []
     rows: list[Row] = []
     profiles: list[str] = []
+    suffix = f"_{args.model}" if args.model else ""
+    path = args.out / f"recipes_{args.device}{suffix}"
     for precision in args.precision:
+        use_precision(precision)
         for what in (STEP, GENERATE) if args.generate else (STEP,):
             base: dict[str, float] = {}
             for method in methods:
                 # Compiled, every length of the cache would be a program of its own.
                 if what == STEP or method != COMPILED:
                     row, lines = _measured(method, what, precision, MODELS[name], args, base)
+                    release(args.device)
                     rows.append(row)
                     profiles += lines
-    suffix = f"_{args.model}" if args.model else ""
-    path = args.out / f"recipes_{args.device}{suffix}"
-    recorded.save(path, head, rows, "\n".join([markdown(rows, head), *profiles]), against)
+                    report = "\n".join([markdown(rows, head), *profiles])
+                    recorded.save(path, head, rows, report, against)
+    recorded.tell(path, rows, against)
 
 
 def _need_preparable(setting: Setting, chosen: list[Recipe]) -> None:
@@ -143,50 +159,49 @@ def _measured(
 ) -> tuple[Row, list[str]]:
     """A row of the results, which it prints, and with args.profile where the time goes. base:
     milliseconds of the float model's methods, as far as they are measured."""
-    model = model_of(method, setting, args, DTYPES[precision])
-    ids = tokens(setting, args.device)
-    count = ids.numel()
-    if what == STEP:
-        work = training_step(model, ids, compiled=method == COMPILED)
-    else:
-        prompt = ids[:1, : min(PROMPT, setting.context // 2)]
-        count = min(NEW, setting.context - prompt.shape[1])
-        work = generation(model, prompt, count)
-    timing, peak = measure(work, args.device, 1.0 if args.quick else 3.0)
-    seconds = timing.seconds
     profiled: list[str] = []
-    if args.profile:
-        found = profile.profile(work, model, seconds)
-        profiled = profile.markdown(found, f"{what}, {method}, {precision}")
-    milliseconds = round(seconds * 1e3, 3)
-    if isinstance(method, str):
+    found: Timing | None = None
+    peak: float | str | None = OUT_OF_MEMORY
+    ids = tokens(setting, args.device)
+    count, prompt = ids.numel(), ids[:1, : min(PROMPT, setting.context // 2)]
+    if what == GENERATE:
+        count = min(NEW, setting.context - prompt.shape[1])
+    with suppress(torch.OutOfMemoryError):
+        model = model_of(method, setting, args, DTYPES[precision])
+        if what == STEP:
+            work = training_step(model, ids, compiled=method == COMPILED)
+        else:
+            work = generation(model, prompt, count)
+        found, peak = measure(work, args.device, 1.0 if args.quick else 3.0)
+        if args.profile:
+            parts = profile.profile(work, model, found.seconds)
+            profiled = profile.markdown(parts, f"{what}, {method}, {precision}")
+    milliseconds = round(found.seconds * 1e3, 3) if found else None
+    if isinstance(method, str) and milliseconds is not None:
         base[method] = milliseconds
+
+    def times(of: str) -> float | None:
+        return round(milliseconds / base[of], 3) if milliseconds and of in base else None
+
     row = Row(
         device=args.device,
         precision=precision,
         what=what,
         method=str(method),
         milliseconds=milliseconds,
-        tokens_per_second=round(count / seconds, 1),
-        times_float_sdpa=round(milliseconds / base[FLOAT], 3) if FLOAT in base else None,
-        times_float_compiled=round(milliseconds / base[COMPILED], 3) if COMPILED in base else None,
-        peak_gib=peak and round(peak, 2),
+        tokens_per_second=round(count / found.seconds, 1) if found else None,
+        times_float_sdpa=times(FLOAT),
+        times_float_compiled=times(COMPILED),
+        peak_gib=round(peak, 2) if isinstance(peak, float) else peak,
     )
     print(" ".join(f"{part:>10}" for part in _shown(row)), flush=True)
-    del model, work
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
     return row, profiled
 
 
 def _shown(row: Row) -> list[str]:
-    def figure(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     return [
-        *(row.precision, row.what, row.method, f"{row.milliseconds:.1f}"),
-        *(f"{row.tokens_per_second:.0f}", figure(row.times_float_sdpa, ".2f")),
+        *(row.precision, row.what, row.method, figure(row.milliseconds, ".1f")),
+        *(figure(row.tokens_per_second, ".0f"), figure(row.times_float_sdpa, ".2f")),
         *(figure(row.times_float_compiled, ".2f"), figure(row.peak_gib, ".1f")),
     ]
 

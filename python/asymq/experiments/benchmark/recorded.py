@@ -61,28 +61,34 @@ def read(args: Namespace, kind: type, setting: list[str]) -> Recorded | None:
     need(devices == {args.device}, f"was measured on {', '.join(devices)}, this is {args.device}")
     need(head[3:] == setting, f"is of {', '.join(head[3:])}, this is {', '.join(setting)}")
     try:
-        found = {tuple(row.values())[:before]: float(row["milliseconds"]) for row in rows}
+        # One without a time was not measured.
+        timed = [row for row in rows if row["milliseconds"] != ""]
+        found = {tuple(row.values())[:before]: float(row["milliseconds"]) for row in timed}
     except (TypeError, ValueError):
         raise BadInput(f"--against {path}: has milliseconds that are no number") from None
     return Recorded(path, head, found)
 
 
 def save(path: Path, head: list[str], rows: list, report: str, against: Recorded | None) -> None:
-    """Writes path.csv and path.md, the report with the comparison below, which it prints."""
+    """Writes path.csv and path.md, the report with the comparison below."""
     comments = "".join(f"# {line}\n" for line in head)
     columns = _columns(type(rows[0])) if rows else []
     write(path.with_name(f"{path.name}.csv"), comments + as_csv(columns, map(astuple, rows)))
     if against is not None:
-        text = comparison(rows, against)
-        print(text)
-        report = f"{report}\n{text}"
+        report = f"{report}\n{comparison(rows, against)}"
     write(path.with_name(f"{path.name}.md"), report)
+
+
+def tell(path: Path, rows: list, against: Recorded | None) -> None:
+    """Prints the comparison, and what `save` has written."""
+    if against is not None:
+        print(comparison(rows, against))
     print(f"wrote {path}.csv and {path}.md")
 
 
 def comparison(rows: list, against: Recorded) -> str:
     """Every row now and then, and the rows that only one of both has."""
-    now = {key(row): row.milliseconds for row in rows}
+    now = {key(row): row.milliseconds for row in rows if row.milliseconds is not None}
     both = [what for what in now if what in against.rows]
     lines = [f"## Against {against.path.name}", "", *(f"- {line}" for line in against.head), ""]
     lines += ["| what | ms then | ms now | now / then |", "|---|---|---|---|"]

@@ -9,9 +9,10 @@ TransitionRateScheduler. Weights are random: they do not change what a step cost
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -60,18 +61,22 @@ MODELS: dict[str, Setting] = {
     ),
     "quickstart": Setting("gpt2", 4, 128, 4, 2048, batch=8, context=128),
 }
-PRECISIONS = DEFAULT_PRECISIONS = ("tf32", "bfloat16")
+PRECISIONS = ("tf32", "float32", "bfloat16")
+DEFAULT_PRECISIONS = {"cuda": ("tf32", "bfloat16"), "cpu": ("float32", "bfloat16")}
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
 class StepTime:
+    """Without a time, with OUT_OF_MEMORY as its peak, where a method had too little memory."""
+
     device: str
     precision: str
     method: str
-    milliseconds: float
-    ratio: float  # to the fastest float model of the run
-    spread: float  # of the quartiles, in multiples of the median
-    peak_gib: float | None  # of the GPU's memory
+    milliseconds: float | None
+    ratio: float | None  # to the fastest float model of the run; None: it has none
+    peak_gib: float | str | None  # of the GPU's memory
+    spread: float | None  # of the quartiles, in multiples of the median
 
 
 # ---- methods -----------------------------------------------------------------------------------
@@ -228,7 +233,22 @@ def step_of(
         yield asymq.capture_step(step) if method.captured else step, model
 
 
+CAPTURED = [name for name, method in METHODS.items() if method.captured]  # which need a GPU
+
+
 # ---- the run -----------------------------------------------------------------------------------
+
+
+def use_precision(name: str) -> None:
+    """Of float32's matrix products."""
+    torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
+
+
+def release(device: str) -> None:
+    """Of models that nothing refers to any more, the memory, before the next one needs it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(step: Callable, device: str, span: float) -> tuple[Timing, float | None]:
@@ -252,67 +272,91 @@ def measure(step: Callable, device: str, span: float) -> tuple[Timing, float | N
 def markdown(rows: list[StepTime], head: list[str]) -> str:
     lines = ["# A training step", "", *(f"- {line}" for line in head), ""]
     lines += [
-        "| precision | method | ms | times the fastest float | spread | peak GiB |",
-        "|---|---|---|---|---|---|",
+        "| precision | method | learns | ms | times the fastest float | spread | peak GiB |",
+        "|" + "---|" * 7,
     ]
     for row in rows:
-        peak = "" if row.peak_gib is None else f"{row.peak_gib:.1f}"
-        figures = f"{row.milliseconds:.1f} | {row.ratio:.2f} | {row.spread:.1%} | {peak}"
-        lines.append(f"| {row.precision} | {row.method} | {figures} |")
+        method = METHODS[row.method]
+        learns = WEIGHTS if method.functions is None else method.learns
+        cells = [row.precision, row.method, learns, figure(row.milliseconds, ".1f")]
+        cells += [figure(row.ratio, ".2f"), figure(row.spread, ".1%"), figure(row.peak_gib, ".1f")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def figure(value: float | str | None, form: str) -> str:
+    """Empty for None; words stay."""
+    return "" if value is None else value if isinstance(value, str) else format(value, form)
+
+
 def run(args) -> None:
+    """Saves after every method: what is measured outlives a failure or an interruption."""
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")
     name = args.model or ("gpt2" if args.device == "cuda" else "quickstart")
     setting, suffix = f"{name}: {MODELS[name]}", f"_{args.model}" if args.model else ""
     if args.checkpointing:
         setting += ", gradient checkpointing"
         suffix += "_checkpointing" if args.model else ""
     against = recorded.read(args, StepTime, [setting])
-    head = header(args.device, "random weights, 4-bit weights, 12-bit activations, range learning")
+    head = header(args.device, "random weights, 4-bit weights, 12-bit activations")
     head.append(setting)
     print("\n".join(head))
+    path = args.out / f"step_{args.device}{suffix}"
     rows: list[StepTime] = []
     profiles: list[str] = []
     for precision in args.precision:
-        found = []
+        use_precision(precision)
         for method in args.only:
             row, lines = _measured(method, precision, MODELS[name], args)
-            found.append(row)
+            release(args.device)
+            rows = _with_ratios([*rows, row])
             profiles += lines
-        rows += _with_ratios(found)
+            report = "\n".join([markdown(rows, head), *profiles])
+            recorded.save(path, head, rows, report, against)
     print(markdown(rows, head))
-    path = args.out / f"step_{args.device}{suffix}"
-    recorded.save(path, head, rows, "\n".join([markdown(rows, head), *profiles]), against)
+    recorded.tell(path, rows, against)
 
 
 def _with_ratios(rows: list[StepTime]) -> list[StepTime]:
-    """NaN where no float model was measured."""
-    floats = [row.milliseconds for row in rows if METHODS[row.method].functions is None]
-    base = min(floats, default=float("nan"))
-    return [replace(row, ratio=round(row.milliseconds / base, 3)) for row in rows]
+    """Of each precision to the fastest float model that was measured in it."""
+    base: dict[str, float] = {}
+    for row in rows:
+        if METHODS[row.method].functions is None and row.milliseconds is not None:
+            base[row.precision] = min(row.milliseconds, base.get(row.precision, math.inf))
+
+    def ratio(row: StepTime) -> float | None:
+        if row.milliseconds is None or row.precision not in base:
+            return None
+        return round(row.milliseconds / base[row.precision], 3)
+
+    return [replace(row, ratio=ratio(row)) for row in rows]
 
 
 def _measured(method: str, precision: str, setting: Setting, args) -> tuple[StepTime, list[str]]:
     """A row of the results, which it prints, without its ratio, and with args.profile where the
     time goes."""
     profiled: list[str] = []
-    with step_of(METHODS[method], setting, args.device, precision, args.checkpointing) as made:
+    found: Timing | None = None
+    peak: float | str | None = OUT_OF_MEMORY
+    with (
+        suppress(torch.OutOfMemoryError),
+        step_of(METHODS[method], setting, args.device, precision, args.checkpointing) as made,
+    ):
         found, peak = measure(made[0], args.device, 1.0 if args.quick else 3.0)
         if args.profile:
             profiled = profile.markdown(
                 profile.profile(*made, found.seconds), f"{method}, {precision}"
             )
-    milliseconds, peak = round(found.seconds * 1e3, 3), peak and round(peak, 2)
     row = StepTime(
-        *(args.device, precision, method, milliseconds, float("nan"), round(found.spread, 4), peak)
+        device=args.device,
+        precision=precision,
+        method=method,
+        milliseconds=round(found.seconds * 1e3, 3) if found else None,
+        ratio=None,
+        peak_gib=round(peak, 2) if isinstance(peak, float) else peak,
+        spread=round(found.spread, 4) if found else None,
     )
-    memory = "" if peak is None else f"  {peak:6.1f} GiB"
-    print(f"{precision:8} {method:20} {milliseconds:8.1f} ms{memory}", flush=True)
-    del made
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
+    memory = "" if peak is None else f"  {figure(row.peak_gib, '6.1f')} GiB"
+    said = OUT_OF_MEMORY if found is None else f"{row.milliseconds:8.1f} ms{memory}"
+    print(f"{precision:8} {method:20} {said}", flush=True)
     return row, profiled

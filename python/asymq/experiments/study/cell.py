@@ -37,8 +37,6 @@ def run_cell(
     """Trains and writes the result. `show` is told of every step's loss."""
     gc.collect()  # models of earlier cells, which hold themselves in cycles
     device, setting = processes.device, cell.setting
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if study.protocol.tf32 else "highest")
     teacher = study.float_model(device)
     model = prepared(teacher, setting.config(), setting)
     calibrate(model, setting, study, cell.seed)
@@ -48,7 +46,7 @@ def run_cell(
         groups_of(model, setting), loss_of, setting, study, cell.seed, device, show
     )
     after = measure(model, teacher, study)
-    result = result_of(before, after, losses, seconds, teacher, study, device)
+    result = result_of(before, after, losses, seconds, study, device)
     result["collapsed"] = sum(
         int(held.sum())
         for _, quantizer in asymq.named_quantizers(model)
@@ -61,15 +59,14 @@ def result_of(
     before: dict,
     after: dict,
     losses: list[float],
-    seconds: float,
-    teacher: nn.Module,
+    seconds: float | None,
     study: Study,
     device: torch.device,
 ) -> dict:
     return {
         **{key: {"calibrated": before[key], "learned": after[key]} for key in before},
-        "float_perplexity": text.perplexity(teacher, study.subject.test, study.protocol.batch),
-        "seconds_per_step": round(seconds, 5),
+        "float_perplexity": study.float_perplexity(device),
+        "seconds_per_step": None if seconds is None else round(seconds, 5),
         **provenance(device),
         "settings": study.settings,
         "loss": [finite_or_none(float(f"{loss:.5g}")) for loss in losses],
@@ -109,8 +106,9 @@ def train(
     seed: int,
     device: torch.device,
     show: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[list[float], float]:
-    """Losses, up to one that is not finite, and seconds a step. loss_of: of token ids."""
+) -> tuple[list[float], float | None]:
+    """Losses, up to one that is not finite, and seconds a step (None: there is none that is timed).
+    loss_of: of token ids."""
     optimizer = (torch.optim.Adam if setting.optimizer == "adam" else torch.optim.SGD)(groups)
     losses: list[float] = []
     warm, seconds = min(WARM, setting.steps - 1), 0.0
@@ -127,7 +125,8 @@ def train(
         show(number + 1, losses[-1])
         if not math.isfinite(losses[-1]):
             break
-    return losses, seconds / max(1, len(losses) - warm)
+    timed = len(losses) - warm
+    return losses, seconds / timed if timed > 0 else None
 
 
 def loss_function(

@@ -21,19 +21,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import asymq
 from asymq.experiments.common.files import BadInput, first_line, need_writable, write
 from asymq.experiments.common.processes import Processes
 from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.common.spread import Progress, need_devices
 from asymq.experiments.study import cell as cells
+from asymq.experiments.study.results import WHEN, read_result, reading
 from asymq.experiments.study.setting import FROZEN, Setting
 from asymq.experiments.study.subject import Protocol, Study, open_study
+from asymq.experiments.study.table import each, milliseconds, title
 from asymq.experiments.table2.results import need_same_settings
 
 RECIPES = ("w4a16", "w4a8")
 AIMET = "ASYMQ_AIMET_PYTHON"
-NOT_COMPARED = {"nncf": "learns weights in groups with adapters alone (FQ_LORA): another training"}
+# Library, recipe and what learns, the latter two empty where it is the library's matter.
+Missing = tuple[str, str, str]
+NOT_COMPARED: dict[Missing, str] = {
+    ("nncf", "", ""): "learns weights in groups with adapters alone (FQ_LORA): another training"
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class Row:
     @property
     def name(self) -> str:
         return "__".join(map(str, asdict(self).values()))
+
+    @property
+    def package(self) -> str:
+        """Whose version its result has."""
+        return PEERS[self.library].package if self.library in PEERS else "asymq"
 
     def __str__(self) -> str:
         return f"{self.library} {self.recipe} {self.learns} {self.loss}"
@@ -151,22 +161,17 @@ def result_path(out: Path, row: Row) -> Path:
     return out / "peers" / f"{row.name}.json"
 
 
-def _read(path: Path) -> dict:
-    """BadInput: it is damaged."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        Row(**result["row"])
-        return result
-    except (OSError, ValueError, TypeError, KeyError):
-        raise BadInput(f"{path}: is not a result; delete it and it is run again") from None
-
-
-def _is_done(path: Path, study: Study) -> bool:
-    """BadInput: with other settings."""
-    if not path.exists():
-        return False
-    need_same_settings(path, _read(path)["settings"], study.settings)
-    return True
+def _read_all(out: Path) -> dict[Path, tuple[Row, dict]]:
+    """BadInput: one is damaged."""
+    found = {}
+    for path in sorted((out / "peers").glob("*__*.json")):
+        with reading(path):
+            result = read_result(path, "row")
+            row = Row(**result["row"])
+            for name, package in (("version", row.package), ("torch", "torch")):
+                result[name] = result["versions"][package]
+            found[path] = row, result
+    return found
 
 
 # ---- one row -----------------------------------------------------------------------------------
@@ -202,9 +207,9 @@ def run_row(row: Row, study: Study, out: Path, device: torch.device) -> None:
         loss_of = cells.loss_function(model, teacher, setting)
         losses, seconds = cells.train(groups, loss_of, setting, study, 0, device, bar.show)
     after = cells.measure(model, teacher, study)
-    result = cells.result_of(before, after, losses, seconds, teacher, study, device)
-    package = PEERS[row.library].package if row.library in PEERS else "asymq"
-    result["versions"] |= {package: version(package) if row.library in PEERS else asymq.__version__}
+    result = cells.result_of(before, after, losses, seconds, study, device)
+    if row.library in PEERS:  # asymq's is there
+        result["versions"][row.package] = version(row.package)
     write(result_path(out, row), json.dumps(result | {"row": asdict(row)}))
 
 
@@ -241,7 +246,8 @@ def rows_of(recipes: list[str], rates: Iterable[str], weights: Iterable[str], st
 
 def run(options, protocol: Protocol) -> None:
     """Trains what is not there yet, one row after the other on the first device, and writes
-    peers.md. A library that is not installed has a row that says so. BadInput: as run's."""
+    peers.md. A library that is not installed has a row that says so, and what it fails at, another.
+    BadInput: as run's."""
     recipes = [name for name in options.recipes if name.partition("-")[0] in RECIPES]
     if not recipes:
         raise BadInput(f"--recipes: peers are compared with {', '.join(RECIPES)}")
@@ -252,9 +258,12 @@ def run(options, protocol: Protocol) -> None:
     need_writable(options.out)
     grid = options.grid
     rows = rows_of(recipes, grid.rates, grid.weight_rates, grid.base_steps)
-    missing: dict[str, str] = {}
+    for path, (_, result) in _read_all(options.out).items():
+        need_same_settings(path, result["settings"], study.settings)
+    missing: dict[Missing, str] = {}
     for row in rows:
-        if row.library in missing or _is_done(result_path(options.out, row), study):
+        kind = row.library, row.recipe, row.learns
+        if {kind, (row.library, "", "")} & missing.keys() or result_path(options.out, row).exists():
             continue
         peer = PEERS.get(row.library)
         python = os.environ.get(peer.python) if peer and peer.python else None
@@ -268,13 +277,19 @@ def run(options, protocol: Protocol) -> None:
                 text=True,
             )
             if done.returncode:
-                missing[row.library] = f"{python} failed: its message is above"
+                missing[row.library, "", ""] = f"{python} failed: its message is above"
         elif peer and peer.version is None:
             hint = f", or {peer.python} names no Python that has it" if peer.python else ""
-            missing[row.library] = f"not installed (pip install {peer.package}{hint})"
+            missing[row.library, "", ""] = f"not installed (pip install {peer.package}{hint})"
         else:
             Processes(device)
-            run_row(row, study, options.out, torch.device(device))
+            try:
+                run_row(row, study, options.out, torch.device(device))
+            except Exception as error:  # whatever a version that does not fit comes up with
+                if peer is None or isinstance(error, OSError):
+                    raise
+                said = first_line(error).replace("|", "\\|")
+                missing[kind] = f"{row.package} {peer.version} failed: {said}"
     report(options.out, missing)
 
 
@@ -282,35 +297,32 @@ def _texts(options) -> dict:
     return {"train_text": options.train_text, "test_text": options.test_text}
 
 
-def report(out: Path, missing: dict[str, str]) -> None:
+def report(out: Path, missing: dict[Missing, str]) -> None:
     """Writes and prints peers.md."""
-    found = [_read(path) for path in sorted((out / "peers").glob("*__*.json"))]
-    lines = [
-        "| library | recipe | learns | loss | rate of ranges | of weights | perplexity "
-        "calibrated | perplexity | KL calibrated | KL | ms a step |",
-        "|" + "---|" * 11,
+    found = sorted(_read_all(out).values(), key=lambda one: (one[0].recipe, one[0].library))
+    head = ["library", "recipe", "learns", "loss", "rate of ranges", "of weights", "steps"]
+    head += ["perplexity calibrated", "perplexity", "KL calibrated", "KL", "ms a step"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row, result in found:
+        cell = [f"{row.library} {result['version']}", title(row.recipe), row.learns, row.loss]
+        cell += ["" if row.learns == "weights" else row.rate]
+        cell += ["" if row.weights == FROZEN else row.weights, str(row.steps)]
+        values = (result[key][when] for key in ("perplexity", "kl") for when in WHEN)
+        cell += ["diverged" if value is None else f"{value:.4g}" for value in values]
+        lines.append(f"| {' | '.join([*cell, milliseconds(result)])} |")
+    lines += [
+        f"| {library} | {title(recipe)} | {learns} | {why} |{' |' * (len(head) - 4)}"
+        for (library, recipe, learns), why in (missing | NOT_COMPARED).items()
     ]
-    for result in sorted(found, key=lambda r: (r["row"]["recipe"], r["row"]["library"])):
-        row = Row(**result["row"])
-        rate = "" if row.learns == "weights" else row.rate
-        name = PEERS[row.library].package if row.library in PEERS else "asymq"
-        cell = [f"{row.library} {result['versions'][name]}", row.recipe, row.learns, row.loss, rate]
-        cell.append("" if row.weights == FROZEN else row.weights)
-        for key in ("perplexity", "kl"):
-            for when in ("calibrated", "learned"):
-                value = result[key][when]
-                cell.append("diverged" if value is None else f"{value:.4g}")
-        cell.append(f"{result['seconds_per_step'] * 1e3:.0f}")
-        lines.append(f"| {' | '.join(cell)} |")
-    lines += [f"| {name} | {why} |{' |' * 9}" for name, why in (missing | NOT_COMPARED).items()]
     if found:
-        one = found[0]
-        s = one["settings"]
+        results = [result for _, result in found]
+        s = results[0]["settings"]
         lines += [
             "",
-            f"{one['row']['steps']} steps of {s['batch']} windows of {s['context']} tokens, Adam, "
-            f"one seed; float perplexity {one['float_perplexity']:.2f}; torch "
-            f"{one['versions']['torch']}, {one['machine']}. Weights 4 bits, symmetric, in groups; "
+            f"{s['batch']} windows of {s['context']} tokens a step, Adam, one seed; float "
+            f"perplexity {results[0]['float_perplexity']:.2f}; "
+            f"torch {each(r['torch'] for r in results)}, "
+            f"{each(r['machine'] for r in results)}. Weights 4 bits, symmetric, in groups; "
             "embeddings and head float. AIMET's inputs have one range for all tokens, the others' "
             "one of each; where weights alone learn, torchao takes the live weights' ranges.",
         ]

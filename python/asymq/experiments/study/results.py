@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from asymq.experiments.common.files import BadInput
 from asymq.experiments.study.setting import Cell, Setting
 
-_NEEDED = {"kl", "perplexity", "float_perplexity", "seconds_per_step", "settings"}
+MEASURED = ("kl", "perplexity")
+WHEN = ("calibrated", "learned")
+_NEEDED = {"float_perplexity", "seconds_per_step", "settings", "versions", "machine", "commit"}
 
 
 def result_path(out: Path, cell: Cell) -> Path:
@@ -27,14 +32,29 @@ def read_results(out: Path) -> dict[Cell, dict]:
     for path in sorted(out.glob("*__seed*.json")):
         if path.name.startswith("."):
             continue
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if missing := _NEEDED - {*result}:
-                raise ValueError(missing)
+        with reading(path):
+            result = read_result(path, "collapsed")
             found[Cell.named(path.stem)] = result
-        except (OSError, ValueError, TypeError):
-            raise BadInput(f"{path}: is not a result; delete it and it is run again") from None
     return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """BadInput where a result cannot be read as what it should be."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise BadInput(f"{path}: is not a result; delete it and it is run again") from None
+
+
+def read_result(path: Path, *more: str) -> dict:
+    """With all that reports read of any, and `more`. To be called in `reading`."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    missing = {*_NEEDED, *MEASURED, *more} - result.keys()
+    missing |= {when for key in MEASURED for when in {*WHEN} - result[key].keys()}
+    if missing:
+        raise ValueError(missing)
+    return result
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,8 @@ class Entry:
 
     @property
     def kl(self) -> float:
-        return self.mean("kl") or float("inf") if self.finite else float("inf")
+        mean = self.mean("kl")
+        return math.inf if mean is None else mean
 
 
 def entry_of(found: dict[Cell, dict], model: str, setting: Setting) -> Entry | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Study:
     subject: Subject
     held_out: Tensor
     protocol: Protocol
+    _perplexities: dict[torch.device, float] = field(default_factory=dict, repr=False)
 
     @property
     def settings(self) -> dict:
@@ -55,8 +56,18 @@ class Study:
         return asdict(self.protocol) | self.subject.settings
 
     def float_model(self, device: torch.device) -> nn.Module:
-        """Read once in a process: it stays as it is."""
+        """Read once in a process: it stays as it is. From now on matrix products on a GPU are as
+        precise as the protocol says."""
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if self.protocol.tf32 else "highest")
         return _read(self.subject.name, device)
+
+    def float_perplexity(self, device: torch.device) -> float:
+        """Of the float model, found once in a process."""
+        if device not in self._perplexities:
+            model, test = self.float_model(device), self.subject.test
+            self._perplexities[device] = text.perplexity(model, test, self.protocol.batch)
+        return self._perplexities[device]
 
     def batch(self, step: int, seed: int) -> Tensor:
         return text.batch_of(self.subject.train, step, self.protocol.batch, seed)

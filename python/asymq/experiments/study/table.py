@@ -10,27 +10,25 @@ from asymq.experiments.common.files import BadInput, as_csv, write
 from asymq.experiments.common.recipes import Recipe
 from asymq.experiments.common.words import count
 from asymq.experiments.study.about import About, read_about
-from asymq.experiments.study.results import Entry, read_results
+from asymq.experiments.study.plots import plot
+from asymq.experiments.study.results import MEASURED, WHEN, Entry, read_results
 from asymq.experiments.study.setting import Cell
 from asymq.experiments.study.tree import RULES, STAGES, Outcome, Walk
 
 _SETTING = ("recipe", "form", "optimizer", "loss", "rate", "steps", "calibration", "weights")
-_MEASURED = ("kl", "perplexity")
 
 
 def report(out: Path) -> None:
     """Writes table.md, runs.csv, plan.md and rates.png of what a folder has, and prints the table.
     BadInput: it has nothing."""
-    from asymq.experiments.study.plots import plot  # takes longer to import than all else
-
     about, found = read_about(out), read_results(out)
     if about is None or not found:
         raise BadInput(f"--out {out}: has no results of a study; `study.py run` makes them")
     table = markdown(about, found)
     write(out / "plan.md", plan(about, found))
     write(out / "runs.csv", runs_csv(found))
-    plot(about, found, out)
     write(out / "table.md", table)
+    plot(about, found, out)
     print(table)
 
 
@@ -118,9 +116,20 @@ def _evidence(recipe: str, outcome: Outcome) -> list[str]:
             _difference(outcome, label),
         ]
         cells += [_spread(entry, "perplexity", "calibrated"), _spread(entry, "perplexity")]
-        cells += [str(first["collapsed"]), f"{first['seconds_per_step'] * 1e3:.0f}"]
+        cells += [str(first["collapsed"]), milliseconds(first)]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", f"{_chosen(outcome)}."]
+
+
+def milliseconds(result: dict) -> str:
+    """Of a step; empty where none was timed."""
+    seconds = result["seconds_per_step"]
+    return "" if seconds is None else f"{seconds * 1e3:.0f}"
+
+
+def each(values: Iterable) -> str:
+    """Different ones, once."""
+    return ", ".join(sorted({str(value) for value in values}))
 
 
 def _difference(outcome: Outcome, label: str) -> str:
@@ -142,12 +151,7 @@ def _spread(entry: Entry, key: str, when: str = "learned") -> str:
 
 def _conditions(about: About, found: dict[Cell, dict]) -> list[str]:
     """Of all results together."""
-    results = list(found.values())
-
-    def each(values: Iterable) -> str:
-        return ", ".join(sorted({str(value) for value in values}))
-
-    s = about.settings
+    results, s = list(found.values()), about.settings
     versions = each(f"{name} {v}" for r in results for name, v in r["versions"].items() if v)
     return [
         f"Float perplexity {results[0]['float_perplexity']:.2f}; "
@@ -163,12 +167,12 @@ def _conditions(about: About, found: dict[Cell, dict]) -> list[str]:
 def runs_csv(found: dict[Cell, dict]) -> str:
     """A line per cell."""
     header = ["model", *_SETTING, "seed"]
-    header += [f"{key}_{when}" for key in _MEASURED for when in ("calibrated", "learned")]
+    header += [f"{key}_{when}" for key in MEASURED for when in WHEN]
     header += ["float_perplexity", "collapsed", "seconds_per_step", "machine"]
     rows = []
     for cell, result in found.items():
         row = [cell.model, *(getattr(cell.setting, name) for name in _SETTING), cell.seed]
-        row += [result[key][when] for key in _MEASURED for when in ("calibrated", "learned")]
+        row += [result[key][when] for key in MEASURED for when in WHEN]
         last = ("float_perplexity", "collapsed", "seconds_per_step", "machine")
         rows.append([*row, *(result[key] for key in last)])
     return as_csv(header, rows)

@@ -152,6 +152,10 @@ class Outcome:
     def decided(self) -> bool:
         return len(self.tied) == 1
 
+    @property
+    def winner(self) -> Entry:
+        return self.entries[self.chosen]
+
     def interval(self, label: str) -> tuple[float, float | None] | None:
         """The mean difference of KL to the best, and half its 95 % interval. None: no seed that
         both have."""

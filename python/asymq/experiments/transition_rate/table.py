@@ -7,6 +7,7 @@ from pathlib import Path
 
 from asymq.experiments.common.files import as_csv, write
 from asymq.experiments.common.intervals import interval
+from asymq.experiments.transition_rate.plots import plot
 from asymq.experiments.transition_rate.protocol import METHODS, PLAIN
 from asymq.experiments.transition_rate.results import Entry, best_plain, groups, read_results
 
@@ -15,8 +16,6 @@ _CSV = ("task", "setting", "optimizer", "method", "value", "seed", "score", "fir
 
 def report(out: Path) -> None:
     """Prints table.md after writing it, table.csv and the plots."""
-    from asymq.experiments.transition_rate.plots import plot  # takes longer to import than all else
-
     found = read_results(out)
     table = markdown(found)
     write(out / "table.md", table)
