@@ -224,7 +224,7 @@ void launch(Kernel<S, P> kernel, const Glu<S, P>& op, cudaStream_t stream) {
 template <class S, class P>
 void launch_glu_forward(const RowPlan& plan, const RowQuantizer<P>& product, bool tanh,
                         const S* gate, const S* up, S* out, cudaStream_t stream) {
-  const Glu<S, P> op{plan, product, nullptr, gate, up, out};
+  const Glu<S, P> op{plan, product, nullptr, gate, up, out, nullptr, nullptr};
   launch(tanh ? glu_forward<true, S, P> : glu_forward<false, S, P>, op, stream);
 }
 

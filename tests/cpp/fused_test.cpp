@@ -61,9 +61,9 @@ TEST_P(FusedTest, CrossEntropyEqualsTheComposition) {
   EXPECT_EQ(got[2].item<float>(), 0);
   expect_same_gradients(got, want, {x, min, max});
   const Tensor wider = at::constant_pad_nd(x, {0, 7}, 9);
-  EXPECT_TRUE(close(asymq::quantized_cross_entropy(wider, labels, {"min_max", {min, max}, 8}, -100,
-                                                   x.size(1)),
-                    want, want.abs().max()));
+  EXPECT_TRUE(close(
+      asymq::quantized_cross_entropy(wider, labels, {"min_max", {min, max}, 8}, -100, x.size(1)),
+      want, want.abs().max()));
 }
 
 TEST_P(FusedTest, RmsNormEqualsTheComposition) {

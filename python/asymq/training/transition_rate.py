@@ -122,8 +122,8 @@ class TransitionRateScheduler:
         )
         _need(is_number(gain) and gain > 0, f"gain must be positive and finite, got {gain!r}")
         _need(
-            limit is None or (is_number(limit) and limit > 0),
-            f"limit must be positive and finite, or None for no bound, got {limit!r}",
+            limit in (None, math.inf) or (is_number(limit) and limit > 0),
+            f"limit must be positive, or None for no bound, got {limit!r}",
         )
 
         optimizer = _unwrapped(optimizer)
