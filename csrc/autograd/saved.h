@@ -18,22 +18,20 @@
 
 namespace asymq {
 
-/// Keeps a quantizer's kind for the backward, under names that start with `key`.
+/// Keeps a quantizer's kind for the backward under this name. As one entry: entries of each number
+/// take longer to write and to find than a small tensor to quantize.
 inline void save_kind(torch::autograd::AutogradContext* ctx, const KindArguments& kind,
-                      const std::string& key = "") {
-  ctx->saved_data[key + "parameterization"] = kind.parameterization;
-  ctx->saved_data[key + "bits"] = kind.bits;
-  ctx->saved_data[key + "eps"] = kind.eps;
-  ctx->saved_data[key + "link"] = kind.link;
-  ctx->saved_data[key + "gradient_scale"] = kind.gradient_scale;
+                      const std::string& name = "kind") {
+  ctx->saved_data[name] = std::vector<double>{static_cast<double>(kind.parameterization),
+                                              static_cast<double>(kind.bits), kind.eps,
+                                              static_cast<double>(kind.link), kind.gradient_scale};
 }
 
 inline KindArguments saved_kind(torch::autograd::AutogradContext* ctx,
-                                const std::string& key = "") {
-  const auto& saved = ctx->saved_data;
-  return {saved.at(key + "parameterization").toInt(), saved.at(key + "bits").toInt(),
-          saved.at(key + "eps").toDouble(), saved.at(key + "link").toInt(),
-          saved.at(key + "gradient_scale").toDouble()};
+                                const std::string& name = "kind") {
+  const std::vector<double> numbers = ctx->saved_data.at(name).toDoubleVector();
+  return {static_cast<int64_t>(numbers[0]), static_cast<int64_t>(numbers[1]), numbers[2],
+          static_cast<int64_t>(numbers[3]), numbers[4]};
 }
 
 /// Keeps tensors and quantizers for the backward.
@@ -44,7 +42,7 @@ inline void save(torch::autograd::AutogradContext* ctx, torch::autograd::variabl
   int number = 0;
   for (const QuantizerArguments& quantizer : quantizers) {
     const std::string key = std::to_string(number++) + "_";
-    save_kind(ctx, quantizer.kind, key);
+    save_kind(ctx, quantizer.kind, key + "kind");
     ctx->saved_data[key + "ranges"] = static_cast<int64_t>(quantizer.ranges.size());
     ctx->saved_data[key + "token"] = quantizer.token;
     ctx->saved_data[key + "group"] = quantizer.group;
@@ -63,7 +61,8 @@ class Saved {
     for (int64_t i = 0; i < integer("quantizers"); ++i) {
       const std::string key = std::to_string(i) + "_";
       const auto count = static_cast<size_t>(integer(key + "ranges"));
-      quantizers_.push_back({at::TensorList(tensors_).slice(first, count), saved_kind(ctx_, key),
+      quantizers_.push_back({at::TensorList(tensors_).slice(first, count),
+                             saved_kind(ctx_, key + "kind"),
                              ctx_->saved_data.at(key + "token").toBool(),
                              ctx_->saved_data.at(key + "group").toOptional<int64_t>()});
       first += count;

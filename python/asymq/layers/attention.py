@@ -147,9 +147,8 @@ def quantized_attention(
     then.
     """
     # One implementation runs all attention of a model, also that without quantizers.
-    of_query, of_key, of_value, before, after, of_context = (
-        getattr(module, site, None) for site in QuantAttention.sites
-    )
+    sites: dict[str, Any] = module._modules
+    of_query, of_key, of_value, before, after, of_context = map(sites.get, QuantAttention.sites)
     query, key, value = apply(of_query, query), apply(of_key, key), apply(of_value, value)
     rest = module.rest() if isinstance(module, QuantAttention) else None
     if rest is not None:

@@ -172,14 +172,15 @@ class QuantLayer(Quantized):
         return apply(self.weight_quantizer, self.weight)
 
     def quantize_output(self, y: Tensor) -> Tensor:
-        if self.output_quantizer is None:
+        quantizer = self.output_quantizer
+        if quantizer is None:
             return y
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"{self.output_quantizer.label}: the layer must return a tensor to quantize, got "
+                f"{quantizer.label}: the layer must return a tensor to quantize, got "
                 f"{type(y).__name__}; leave this quantizer out (skip)"
             )
-        return self.output_quantizer(y)
+        return quantizer(y)
 
 
 class QuantNorm(QuantLayer):

@@ -82,6 +82,7 @@ class Quantizer(nn.Module):
         self.range_shape = shape
         self.calibrated = False
         # Of the call of the operator, made once: it is made for every tensor.
+        self._function = spec.function
         self._arguments = spec.learnable if self.live else spec.learnable + spec.constant
         self._options: dict[str, Any] = {"bits": spec.bits, "eps": spec.eps}
         self._options |= spec.granularity.options()
@@ -190,9 +191,12 @@ class Quantizer(nn.Module):
     def arguments(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
         """The range tensors as the operator takes them. Those of a live range come from x, unless
         the operator takes them from there itself."""
-        tensors = [getattr(self, name) for name in self._arguments]
+        # A module's attributes take longer to find than a small tensor to quantize.
+        learned: dict[str, Any] = self._parameters
+        constant: dict[str, Any] = self._buffers
+        tensors = tuple([learned[n] if n in learned else constant[n] for n in self._arguments])
         if not self.live or self.spec.granularity.of_tokens:
-            return tuple(tensors)
+            return tensors
         assert x is not None
         low, high = self.extrema(x.detach())
         return (*tensors, *((torch.maximum(-low, high),) if self.spec.symmetric else (low, high)))
@@ -391,13 +395,12 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._state == QUANTIZING:
             if self.users > 1:
-                ranges = list(self.range_tensors().values())
-                return once(self, self.uses, x, ranges, self.fake_quantize)
+                return once(self, self.uses, x, self.range_tensors, self.fake_quantize)
             return self.fake_quantize(x)
         if not self.reached:
             self._reach()
         if self._state == OBSERVING:
-            return once(self, self.uses, x, [], self._show) if self.users > 1 else self._show(x)
+            return once(self, self.uses, x, dict, self._show) if self.users > 1 else self._show(x)
         return x
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -409,7 +412,7 @@ class Quantizer(nn.Module):
         ranges, shape = self.arguments(x), self.shape_on(x)
         if shape != self.range_shape:
             ranges = tuple(tensor.view(shape) for tensor in ranges)
-        function = getattr(functions.namespace(), self.spec.function)
+        function = getattr(functions.namespace(), self._function)
         return function(x, *ranges, **self._options_on(x))
 
     def _options_on(self, x: Tensor) -> dict[str, Any]:
@@ -443,7 +446,7 @@ class Quantizer(nn.Module):
     def provided(self, x: Tensor) -> AbstractContextManager[None]:
         """Within it, this quantizer, which `shares`, returns x itself to all of its users: it is
         the result of a kernel that did what this quantizer does."""
-        return provided(self, self.uses, x, list(self.range_tensors().values()))
+        return provided(self, self.uses, x, self.range_tensors)
 
     def _reach(self) -> None:
         if not torch.compiler.is_compiling():

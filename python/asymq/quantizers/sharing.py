@@ -4,13 +4,16 @@ forwards that generate."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+
+# What gives the range tensors by name, where they are asked for.
+Ranges = Callable[[], Mapping[str, Tensor]]
 
 _thread = threading.local()
 
@@ -55,7 +58,7 @@ def once(
     owner: object,
     uses: float,
     x: Tensor,
-    ranges: list[Tensor],
+    ranges: Ranges,
     quantize: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """quantize(x), computed for the first of `uses` with the same x under the same circumstances,
@@ -72,7 +75,7 @@ def once(
 
 
 @contextmanager
-def provided(owner: object, uses: float, x: Tensor, ranges: list[Tensor]) -> Iterator[None]:
+def provided(owner: object, uses: float, x: Tensor, ranges: Ranges) -> Iterator[None]:
     """Within it, `once` returns x itself to the `uses` of `owner`: x is quantized already, by a
     kernel that did more than that. RuntimeError at its end: they were fewer, and x may have been
     quantized twice."""
@@ -105,14 +108,14 @@ def generating() -> Iterator[None]:
 
 
 def unchanged(
-    owner: object, x: Tensor, ranges: Iterable[Tensor], quantize: Callable[[Tensor], Tensor]
+    owner: object, x: Tensor, ranges: Ranges, quantize: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """quantize(x), while a model is `generating` computed once for all of its forwards that have
     the same x and ranges."""
     kept = getattr(_thread, "unchanged", None)
     if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return quantize(x)
-    versions = [_version(tensor) for tensor in (x, *ranges)]
+    versions = [_version(tensor) for tensor in (x, *ranges().values())]
     result, *of = kept.get(id(owner), (None, None, None))
     if of[0] is not x or of[1] != versions:
         result = quantize(x)
@@ -120,8 +123,9 @@ def unchanged(
     return result
 
 
-def _key(owner: object, x: Tensor, ranges: list[Tensor]) -> tuple:
-    return (id(owner), id(x), *(_version(t) for t in (x, *ranges)), *_circumstances())
+def _key(owner: object, x: Tensor, ranges: Ranges) -> tuple:
+    versions = [_version(tensor) for tensor in (x, *ranges().values())]
+    return (id(owner), id(x), *versions, *_circumstances())
 
 
 def _circumstances() -> tuple:

@@ -87,7 +87,7 @@ class WeightQuantizer(Quantizer):
                 )
         if self._state != QUANTIZING:
             return super().forward(weight)
-        return unchanged(self, weight, self.range_tensors().values(), super().forward)
+        return unchanged(self, weight, self.range_tensors, super().forward)
 
 
 class NormWeightQuantizer(WeightQuantizer):
