@@ -28,11 +28,7 @@ CONFIGS = {"table2": QuantConfig.table2("beta_gamma"), "w4a8": QuantConfig.w4a8(
 def aligned(monkeypatch):
     """Tiny products on the CPU as large ones on CUDA: whether they are aligned is what is set."""
     wanted = {"now": True}
-
-    def gains(x, weight):
-        return wanted["now"] and (torch.is_grad_enabled() or aligning())
-
-    monkeypatch.setattr(linear, "gains_by_alignment", gains)
+    monkeypatch.setattr(linear, "is_large", lambda *_: wanted["now"])
     return wanted
 
 
@@ -154,6 +150,19 @@ def test_logits_are_saved_and_generated_from(aligned):
     assert torch.equal(generated, model.generate(tokens(), max_new_tokens=4, do_sample=False))
 
 
+def test_compilers_align_by_themselves(aligned):
+    model = student(MODELS["llama"], CONFIGS["table2"])
+    aligned["now"] = False
+    expected = model(tokens(), use_cache=False).logits
+    aligned["now"] = True
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    exported = torch.export.export(model, (tokens(),), {"use_cache": False}).module()
+    for program in (compiled, exported):
+        logits = program(tokens(), use_cache=False).logits
+        assert not is_aligned(logits)
+        assert_close(logits, expected, rtol=5e-3, atol=5e-3)
+
+
 def test_under_autocast(aligned):
     model = student(MODELS["gpt2"], CONFIGS["table2"])
     with torch.autocast("cpu", torch.bfloat16):
@@ -189,7 +198,7 @@ def test_large_products_on_cuda(monkeypatch):
     result.loss.backward()
     gradient = model.lm_head.weight.grad.clone()
     assert result.logits.stride(-2) % 8 == 0 and result.logits.shape[-1] == 2**14 + 1
-    monkeypatch.setattr(linear, "gains_by_alignment", lambda *_: False)
+    monkeypatch.setattr(linear, "is_large", lambda *_: False)
     model.zero_grad()
     expected = model(ids, labels=ids)
     expected.loss.backward()

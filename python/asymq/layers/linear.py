@@ -112,12 +112,15 @@ class QuantLogits(QuantLinear):
 
 
 def gains_by_alignment(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of x are slower where their rows are not aligned, and may have longer ones.
+    """Whether products of x take longer where their rows are not aligned, and may have longer rows.
     A compiler aligns them by itself."""
     return (
-        x.is_cuda
-        and weight.numel() >= 2**20
+        is_large(x, weight)
         and not is_split(weight)
         and (torch.is_grad_enabled() or aligning())
         and not torch.compiler.is_compiling()
     )
+
+
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    return x.is_cuda and weight.numel() >= 2**20
