@@ -152,7 +152,8 @@ class TransitionRateScheduler:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
         self._sizes, self._first_targets = tensor(sizes), tensor(targets)
-        self._step = tensor(0.0)
+        # Not of no dimensions: torch 2.11's compiler loses what is copied to such a tensor.
+        self._step = tensor([0.0])
         self._first_rates, self._rates = tensor(rates), tensor(rates)
         self._running, self._changed = tensor(targets), torch.zeros_like(self._rates)
         self._targets = self._target(self._step)
@@ -216,7 +217,7 @@ class TransitionRateScheduler:
 
     def _state(self) -> dict[str, Tensor]:
         return {
-            "step": self._step,
+            "step": self._step[0],
             "transition_rate": self._changed,
             "running_rate": self._running,
             "target_rate": self._targets,
@@ -257,7 +258,7 @@ class TransitionRateScheduler:
         self._publish()
 
     def _target(self, step: Tensor) -> Tensor:
-        return self._first_targets * self._schedule((step / self._total_steps).clamp(max=1))
+        return self._first_targets * self._schedule((step[0] / self._total_steps).clamp(max=1))
 
     def _before_step(self, *_) -> None:
         if self._is_probe():
