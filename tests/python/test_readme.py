@@ -112,8 +112,12 @@ def run(*command, cwd):
     fall."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    output = result.stdout + result.stderr
+    for _ in range(3):
+        result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        output = result.stdout + result.stderr
+        # What torch's distributed threads do now and then as a process ends, its work done.
+        if "terminate called without an active exception" not in output:
+            break
     assert result.returncode == 0, output
     assert not re.search("warning|deprecated|unrecognized", output, re.IGNORECASE), output
     losses = [float(x) for x in re.findall(r"\bloss +([-+.\w]+)", result.stdout)]
