@@ -14,6 +14,7 @@ CMake. A document with a cmake block of its own is a project of its own.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def run(*command, cwd):
         # What torch's distributed threads do now and then as a process ends, its work done.
         if "terminate called without an active exception" not in output:
             break
+        for made in (path for path in Path(cwd).iterdir() if not path.is_symlink()):
+            if made.is_dir():  # a checkpoint, which the second run would warn of
+                shutil.rmtree(made)
     assert result.returncode == 0, output
     assert not re.search("warning|deprecated|unrecognized", output, re.IGNORECASE), output
     losses = [float(x) for x in re.findall(r"\bloss +([-+.\w]+)", result.stdout)]
