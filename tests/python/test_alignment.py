@@ -28,7 +28,7 @@ CONFIGS = {"table2": QuantConfig.table2("beta_gamma"), "w4a8": QuantConfig.w4a8(
 def aligned(monkeypatch):
     """Tiny products on the CPU as large ones on CUDA: whether they are aligned is what is set."""
     wanted = {"now": True}
-    monkeypatch.setattr(linear, "is_large", lambda *_: wanted["now"])
+    monkeypatch.setattr(linear, "is_large_on_cuda", lambda *_: wanted["now"])
     return wanted
 
 
@@ -198,7 +198,7 @@ def test_large_products_on_cuda(monkeypatch):
     result.loss.backward()
     gradient = model.lm_head.weight.grad.clone()
     assert result.logits.stride(-2) % 8 == 0 and result.logits.shape[-1] == 2**14 + 1
-    monkeypatch.setattr(linear, "is_large", lambda *_: False)
+    monkeypatch.setattr(linear, "is_large_on_cuda", lambda *_: False)
     model.zero_grad()
     expected = model(ids, labels=ids)
     expected.loss.backward()

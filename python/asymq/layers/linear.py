@@ -115,12 +115,13 @@ def gains_by_alignment(x: Tensor, weight: Tensor) -> bool:
     """Whether products of x take longer where their rows are not aligned, and may have longer rows.
     A compiler aligns them by itself."""
     return (
-        is_large(x, weight)
+        is_large_on_cuda(x, weight)
         and not is_split(weight)
         and (torch.is_grad_enabled() or aligning())
         and not torch.compiler.is_compiling()
     )
 
 
-def is_large(x: Tensor, weight: Tensor) -> bool:
+def is_large_on_cuda(x: Tensor, weight: Tensor) -> bool:
+    """Below this size a product takes no time that counts."""
     return x.is_cuda and weight.numel() >= 2**20

@@ -18,7 +18,6 @@ from asymq.quantizers import QuantAct
 # the logits' version). Beside the tensors, so that no copy of them brings it along.
 _UNQUANTIZED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-
 _thread = threading.local()
 
 
@@ -26,14 +25,15 @@ _thread = threading.local()
 def teaching() -> Iterator[None]:
     """A forward without a graph whose logits a loss reads beside those of one with: aligned as
     those are."""
-    _thread.aligning = True
+    before, _thread.aligning = aligning(), True
     try:
         yield
     finally:
-        _thread.aligning = False
+        _thread.aligning = before
 
 
 def aligning() -> bool:
+    """Whether a forward of this thread is such a one."""
     return getattr(_thread, "aligning", False)
 
 
@@ -82,8 +82,7 @@ def causal_lm_loss(
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.flatten().to(raw.device)
-    classes = logits.shape[-1] if logits.shape != raw.shape else None
-    losses = fused.cross_entropy(raw, shift_labels, quantizer, ignore_index, classes)
+    losses = fused.cross_entropy(raw, shift_labels, quantizer, ignore_index, logits.shape[-1])
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
     elif isinstance(num_items_in_batch, Tensor):

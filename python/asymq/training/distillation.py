@@ -124,15 +124,8 @@ class SelfDistillation:
             )
         raw, quantizer = unquantized(logits) or (logits, None)
         labels = torch.where(counted, 0, IGNORED).flatten()
-        return fused.kl_div(
-            raw,
-            target.to(raw),
-            labels,
-            quantizer,
-            self.temperature,
-            IGNORED,
-            logits.shape[-1] if logits.shape != raw.shape else None,
-        )
+        how = quantizer, self.temperature, IGNORED, logits.shape[-1]
+        return fused.kl_div(raw, target.to(raw), labels, *how)
 
     def _teach(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The teacher's logits, and its hidden outputs."""
